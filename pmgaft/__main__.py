@@ -1,0 +1,5 @@
+"""`python -m pmgaft`."""
+
+from pmgaft.cli import main
+
+main(prog_name="pmgaft")

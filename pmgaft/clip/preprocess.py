@@ -1,0 +1,222 @@
+"""File or bytes -> pixels: the one path that training, evaluation and serving all use.
+
+Imports PIL, numpy and torch alone, so that a serving worker can use it.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from pmgaft.errors import ImageError
+
+Interpolation = Literal["bicubic", "bilinear"]
+ResizeMode = Literal["shortest", "squash", "longest"]
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
+_FORMATS_TEXT = "send a JPEG, PNG, WEBP, GIF, BMP or TIFF file"
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_WHITE = (255, 255, 255)
+
+# What people send by mistake, told by its first bytes: (offset, bytes, name).
+_OTHER_FORMATS = (
+    (0, b"%PDF", "PDF"),
+    (0, b"8BPS", "Photoshop"),
+    (0, b"<svg", "SVG"),
+    (0, b"<?xml", "XML or SVG"),
+    (0, b"\x00\x00\x01\x00", "icon"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (4, b"JXL ", "JPEG XL"),
+    (4, b"jP  ", "JPEG 2000"),
+    (8, b"heic", "HEIC"),
+    (8, b"mif1", "HEIC"),
+    (8, b"avif", "AVIF"),
+    (4, b"ftyp", "video"),
+)
+
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# A thin strip would be resized to a huge one and then cropped; past this many times the model's area only what the crop
+# keeps is computed.
+_LARGEST_RESIZED = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreprocessSpec:
+    """How a picture becomes the model's input; the words are open_clip's.
+
+    size: (H, W). mean, std: of the normalisation that PixelEncoder applies.
+    resize_mode: "shortest" (then crop the centre), "longest" (then pad with black), "squash".
+    """
+
+    size: tuple[int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: Interpolation = "bicubic"
+    resize_mode: ResizeMode = "shortest"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageLimits:
+    """What is refused before it is decoded: encoded size in bytes, decoded size in pixels."""
+
+    bytes: int = 20 * 2**20
+    pixels: int = 50_000_000
+
+
+def open_image(data: bytes | Path, limits: ImageLimits = ImageLimits()) -> Image.Image:
+    """The picture as upright RGB: EXIF orientation applied, first frame, transparency over white, 16 bits scaled to 8.
+
+    The size is read from the header, and refused if over the limits, before any pixel is decoded.
+    Raises: ImageError (image_missing, image_empty, image_too_large, image_too_many_pixels, image_truncated,
+    image_unsupported, image_invalid); nothing else, whatever the bytes.
+    """
+    content = _read(data, limits) if isinstance(data, Path) else data
+    if not content:
+        raise _image_error("image_empty", "the image is empty (0 bytes)")
+    if len(content) > limits.bytes:
+        raise _too_large(len(content), limits)
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise _image_error("image_too_many_pixels", f"the image has more than {limits.pixels:,} pixels") from error
+    except Exception as error:  # decoders raise about anything on hostile bytes
+        raise _not_an_image(content, error) from error
+    if image.width * image.height > limits.pixels:
+        message = f"the image has {image.width} x {image.height} pixels; at most {limits.pixels:,} are allowed"
+        raise _image_error("image_too_many_pixels", message)
+    try:
+        image.load()
+    except Exception as error:  # as above
+        if "truncated" in str(error).lower():
+            message = "the image ends early: part of the file is missing"
+            raise _image_error("image_truncated", message) from error
+        raise _image_error("image_invalid", f"the {image.format} image is damaged and cannot be decoded") from error
+    return _upright(_to_rgb(image), _orientation(image))
+
+
+def to_pixels(image: Image.Image, spec: PreprocessSpec) -> Tensor:
+    """image: RGB -> float32 [3, H, W] in [0, 1], equal to open_clip's validation transform before its Normalize."""
+    array = np.array(resize(image, spec), dtype=np.uint8)
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous().float().div(255)
+
+
+def resize(image: Image.Image, spec: PreprocessSpec) -> Image.Image:
+    """image: RGB -> RGB of exactly spec.size, as spec.resize_mode says."""
+    height, width = spec.size
+    resampling = _RESAMPLING[spec.interpolation]
+    if spec.resize_mode == "squash":
+        return image.resize((width, height), resampling)
+    if spec.resize_mode == "longest":
+        ratio = max(image.height / height, image.width / width)
+        scaled = max(1, round(image.width / ratio)), max(1, round(image.height / ratio))
+        return _crop_or_pad(image.resize(scaled, resampling), width, height)
+    if height == width:
+        scaled = _shortest_side(image.size, width)
+    else:  # open_clip rounds instead of cutting here, and always takes bicubic
+        ratio = min(image.height / height, image.width / width)
+        scaled = round(image.width / ratio), round(image.height / ratio)
+        resampling = Image.Resampling.BICUBIC
+    if scaled[0] * scaled[1] > _LARGEST_RESIZED * width * height:
+        return _resize_centre(image, scaled, spec.size, resampling)
+    return _crop_or_pad(image.resize(scaled, resampling), width, height)
+
+
+def _shortest_side(size: tuple[int, int], target: int) -> tuple[int, int]:
+    """(width, height) after torchvision's Resize(target): the shorter side exact, the longer cut to an integer."""
+    width, height = size
+    if width <= height:
+        return target, int(target * height / width)
+    return int(target * width / height), target
+
+
+def _crop_or_pad(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The centre, with black borders where the picture is smaller; offsets rounded as torchvision does."""
+    if image.width < width or image.height < height:
+        canvas = Image.new("RGB", (max(image.width, width), max(image.height, height)))
+        canvas.paste(image, (max(0, width - image.width) // 2, max(0, height - image.height) // 2))
+        image = canvas
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def _resize_centre(
+    image: Image.Image, scaled: tuple[int, int], size: tuple[int, int], resampling: Image.Resampling
+) -> Image.Image:
+    """What resizing to `scaled` and cropping the centre of `size` (H, W) would give, without the rest."""
+    height, width = size
+    left, top = round((scaled[0] - width) / 2), round((scaled[1] - height) / 2)
+    x, y = image.width / scaled[0], image.height / scaled[1]
+    box = (left * x, top * y, min((left + width) * x, image.width), min((top + height) * y, image.height))
+    return image.resize((width, height), resampling, box=box)
+
+
+def _read(path: Path, limits: ImageLimits) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > limits.bytes:
+            raise _too_large(size, limits)
+        return path.read_bytes()
+    except OSError as error:
+        raise _image_error("image_missing", f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        eight_bits = np.asarray(image).astype(np.uint32) * 255 // 65535
+        return Image.fromarray(eight_bits.astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        message = "the image has 32 bits a sample; convert it to 8 or 16 bits"
+        raise _image_error("image_unsupported", message)
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, (*_WHITE, 255)), layer).convert("RGB")
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        message = f"colour mode {image.mode} cannot be shown as RGB"
+        raise _image_error("image_unsupported", message) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # broken EXIF must not refuse a good picture
+        return 1
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _not_an_image(content: bytes, error: Exception) -> ImageError:
+    for offset, magic, name in _OTHER_FORMATS:
+        if content[offset : offset + len(magic)] == magic:
+            return _image_error("image_unsupported", f"this looks like a file of type {name}; {_FORMATS_TEXT}")
+    if isinstance(error, UnidentifiedImageError):
+        return _image_error("image_invalid", f"this is not an image that can be read; {_FORMATS_TEXT}")
+    return _image_error("image_invalid", "the image's header is damaged")
+
+
+def _too_large(size: int, limits: ImageLimits) -> ImageError:
+    return _image_error("image_too_large", f"the image has {size:,} bytes; at most {limits.bytes:,} are allowed")
+
+
+def _image_error(code: str, message: str) -> ImageError:
+    return ImageError(message, field="image", code=code)

@@ -1,0 +1,40 @@
+"""The shipped weights. The two models share one text tower, so each is put together on demand.
+
+Files: `NAME.safetensors` (image tower, keys "visual.*"), `text.safetensors` (all the rest), both half precision, and
+one `open_clip_config.json`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors.torch
+
+from pmgaft.errors import ModelError
+
+NAMES = ("mini", "mini-robust")
+
+_HERE = Path(__file__).parent
+
+
+@contextmanager
+def local_dir(name: str, source: Path = _HERE) -> Iterator[Path]:
+    """A temporary directory with the shipped model `name` in open_clip's local-dir form, single precision.
+
+    source: the directory of the shipped files. Raises: ModelError if one is missing.
+    """
+    files = [source / f"{name}.safetensors", source / "text.safetensors", source / "open_clip_config.json"]
+    for file in files:
+        if not file.is_file():
+            raise ModelError(f"the shipped model {name} is incomplete: {file} is missing", field="model")
+    image, text, config = files
+    tensors = safetensors.torch.load_file(image) | safetensors.torch.load_file(text)
+    state = {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+    with tempfile.TemporaryDirectory(prefix="pmgaft-zoo-") as directory:
+        safetensors.torch.save_file(state, Path(directory) / "open_clip_model.safetensors")
+        shutil.copy(config, directory)
+        yield Path(directory)
