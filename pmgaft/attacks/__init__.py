@@ -1,0 +1,16 @@
+"""Attacks as pure functions over "pixels -> logits"; they know nothing of CLIP."""
+
+from pmgaft.attacks.losses import Loss, Success, cross_entropy_loss, margin_loss, misclassified
+from pmgaft.attacks.pgd import Adversarial, Budget, LogitsOf, pgd
+
+__all__ = [
+    "Adversarial",
+    "Budget",
+    "LogitsOf",
+    "Loss",
+    "Success",
+    "cross_entropy_loss",
+    "margin_loss",
+    "misclassified",
+    "pgd",
+]

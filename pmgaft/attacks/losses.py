@@ -1,0 +1,57 @@
+"""What an attack climbs, one value per sample, and what counts as broken.
+
+Each function here takes the class indices of the whole batch, int64 [B], and gives a function of the logits of the rows
+still in play, [n, K], and of their positions in the batch, int64 [n]. Classes that a row does not have carry -inf
+logits. K must be at least 2.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Success = Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropy_loss(labels: Tensor) -> Loss:
+    """Cross entropy of the labels as log odds, ln((1 - p) / p): [n], grows without bound.
+
+    CE = ln(1 + exp(log odds)), so both rise together and, sample by sample, have gradients of one direction. But where
+    the model is sure, CE's gradient rounds to zero (in float32 from a logit margin of about 17 on the true class's part,
+    from about 103 on everything) and the attack would stand still; that of the log odds never fades.
+    """
+
+    def loss(logits: Tensor, rows: Tensor) -> Tensor:
+        own, others = _split(logits, labels[rows])
+        return others.logsumexp(dim=1) - own
+
+    return loss
+
+
+def margin_loss(labels: Tensor) -> Loss:
+    """Largest other logit minus the label's: [n], positive exactly where the label has lost.
+
+    Source: Carlini and Wagner 2017 (arXiv 1608.04644), f6 without its floor.
+    """
+
+    def loss(logits: Tensor, rows: Tensor) -> Tensor:
+        own, others = _split(logits, labels[rows])
+        return others.amax(dim=1) - own
+
+    return loss
+
+
+def misclassified(labels: Tensor) -> Success:
+    """Whether the answer is another class than the label: bool [n]. A tie goes to the first class, as in serving."""
+
+    def success(logits: Tensor, rows: Tensor) -> Tensor:
+        return logits.argmax(dim=1) != labels[rows]
+
+    return success
+
+
+def _split(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The labels' own logits [n], and all logits with the own one at -inf [n, K]."""
+    own = logits.gather(1, labels[:, None])
+    return own[:, 0], logits.scatter(1, labels[:, None], -torch.inf)

@@ -1,0 +1,232 @@
+"""What a training run is: the recipe, read from TOML, with all of its mistakes reported at once."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
+
+from pmgaft.errors import RecipeError, ThreatError
+from pmgaft.objectives import OBJECTIVES, Direction, Reduction, Weights
+from pmgaft.threat import format_eps, parse_eps
+
+
+def _eps(value: object) -> float:
+    if not isinstance(value, str | float | int) or isinstance(value, bool):
+        raise ValueError("write it as 1/255 or as a number")  # noqa: TRY004, pydantic reports ValueErrors
+    try:
+        return parse_eps(value)
+    except ThreatError as error:
+        raise ValueError(error.message) from error
+
+
+Eps = Annotated[float, BeforeValidator(_eps), PlainSerializer(format_eps, return_type=str)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class AttackRecipe(_Section):
+    """The inner maximisation: linf PGD on the student's cross entropy, float32, last iterate."""
+
+    eps: Eps = 1 / 255
+    """Radius in pixel units, "1/255" or a number; 0 trains on clean images through the same way."""
+    steps: Count = 2
+    """Gradients per image."""
+    step_size: Eps | None = 1 / 255
+    """In pixel units; grows with eps during the ramp."""
+    random_start: bool = True
+    ramp: Share = 0.0
+    """Share of the run over which eps rises linearly from 0."""
+
+
+class ObjectiveRecipe(_Section):
+    """Which loss, and its weights (see pmgaft.objectives)."""
+
+    name: Literal["pmg-aft", "tecoa", "finetune"] = "pmg-aft"
+    ce: Weight = 1.0
+    """Cross entropy against the labels."""
+    alpha: Weight = 1.0
+    """KL to the guide's answer to the adversarial image."""
+    beta: Weight = 1.0
+    """KL to the student's own answer to the clean image."""
+    gamma: Weight = 0.0
+    """KL to the guide's answer to the clean image."""
+    feature: Weight = 0.0
+    """Squared distance of raw features from the guide's of the clean image."""
+    kl_direction: Direction = "teacher-first"
+    reduction: Reduction = "batchmean"
+    """Of the KL terms over the batch; the cross entropy is always the mean."""
+    detach_clean: bool = False
+    logit_scale: Literal["model"] | Positive = "model"
+    """The model's own, or a number; 1 switches it off."""
+    guide_texts: str = "classes"
+    """What the guide speaks over: "classes" (of the training set), or a word list: "imagenet-names", or a file's path."""
+
+    def weights(self) -> Weights:
+        """The settings as the objectives take them."""
+        return Weights(**{name: getattr(self, name) for name in Weights.__dataclass_fields__})
+
+
+class Recipe(_Section):
+    """Everything that decides what a run does. Times and sizes are in the units that the fields name."""
+
+    model: str
+    """A shipped model, an open_clip name, "hf-hub:...", "local-dir:...", or a run."""
+    pretrained: str | None = None
+    """Tag or file of weights, where the model's name needs one."""
+    data: str
+    """The training set: a path, or a name (see pmgaft.data)."""
+    train_templates: list[str] | None = None
+    """Prompts of the training classes; left out: the data set's own."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+    epochs: Positive | None = None
+    steps: Count | None = None
+    images: Count | None = None
+    """Exactly one of epochs, steps and images says how long the run is, unless `minutes` alone does."""
+    minutes: Positive | None = None
+    """Ends the run, schedule included, by the clock (and makes its result depend on the machine's speed)."""
+
+    batch: Count = 128
+    micro_batch: Count = 32
+    """Images worked on at once; changes speed and memory only."""
+    lr: Positive = 1e-5
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup: Share = 0.0
+    """Share of the run over which the learning rate rises linearly from 0."""
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    momentum: Share = 0.9
+    """Of sgd."""
+    weight_decay: Weight = 0.0
+    clip_norm: Positive | None = None
+    """Largest norm of the gradient over all parameters."""
+    ema: Share | None = None
+    """Decay per step of a running mean of the weights, which is then what is judged and kept."""
+
+    augment: Literal["none", "crop-flip", "crop-flip-blur"] = "none"
+    workers: Annotated[int, Field(ge=0)] = 0
+    """Processes that decode images; 0 decodes in the training process."""
+    channels_last: bool = True
+    fold_batchnorm: bool = True
+    """Train towers with BatchNorm in folded form (same function, faster); written back into the original form."""
+
+    hold_out: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Share of the training images kept aside to choose the checkpoint that becomes the run's model; 0: the last one."""
+    log_every: Count = 10
+    """Steps."""
+    checkpoint_every: Count = 500
+    """Steps; hold-out accuracy is measured then, too."""
+
+    attack: AttackRecipe = AttackRecipe()
+    objective: ObjectiveRecipe = ObjectiveRecipe()
+
+    def to_toml(self) -> str:
+        """The recipe as resolved, every default written out."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(p.name.removesuffix(".toml") for p in _shipped().iterdir() if p.name.endswith(".toml"))
+
+
+def load_recipe(where: str, settings: Sequence[str] = ()) -> Recipe:
+    """The recipe in a TOML file or of a shipped name, with settings such as "attack.eps=2/255" on top.
+
+    Raises: RecipeError listing every problem, each with the key it is about.
+    """
+    values = _read(where)
+    problems = [problem for setting in settings if (problem := _set(values, setting))]
+    problems += _cross_checks(values)
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        problems = [_sentence(dict(detail)) for detail in error.errors()] + problems
+    if problems:
+        raise RecipeError(problems)
+    return recipe
+
+
+def _shipped() -> Any:
+    return resources.files("pmgaft.training") / "recipes"
+
+
+def _read(where: str) -> dict[str, Any]:
+    path = Path(where)
+    if path.is_file():
+        text, name = path.read_text(encoding="utf-8"), str(path)
+    elif where in shipped_recipes():
+        text, name = (_shipped() / f"{where}.toml").read_text(encoding="utf-8"), where
+    else:
+        kind = "no such file" if path.suffix == ".toml" else f"no recipe {where!r}"
+        raise RecipeError(f"{kind}{_did_you_mean(where, shipped_recipes())}; shipped: {', '.join(shipped_recipes())}")
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RecipeError(f"{name} is not TOML: {error}") from error
+
+
+def _set(values: dict[str, Any], setting: str) -> str | None:
+    """Write one `key=value` into the values, TOML where it parses and a plain string otherwise; a problem, or None."""
+    key, equals, text = setting.partition("=")
+    *tables, last = key.strip().split(".")
+    if not equals or not last:
+        return f"--set {setting}: write it as key=value, such as lr=1e-5 or attack.eps=2/255"
+    for table in tables:
+        inner = values.setdefault(table, {})
+        if not isinstance(inner, dict):
+            return f"--set {setting}: {table} is not a table"
+        values = inner
+    try:
+        values[last] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        values[last] = text.strip()
+    return None
+
+
+def _cross_checks(values: Mapping[str, Any]) -> list[str]:
+    """What no single field can see; on the raw values, so that these problems join the others."""
+    problems = []
+    lengths = [key for key in ("epochs", "steps", "images") if values.get(key) is not None]
+    if len(lengths) > 1:
+        problems.append(f"{lengths[1]}: the run's length is already set by {lengths[0]}; keep one of them")
+    if not lengths and values.get("minutes") is None:
+        problems.append("epochs: say how long the run is, with one of epochs, steps, images and minutes")
+    objective = values.get("objective")
+    if isinstance(objective, dict) and objective.get("name") in set(OBJECTIVES) - {"pmg-aft"}:
+        foreign = sorted(set(objective) & set(Weights.__dataclass_fields__) - {"ce"})
+        problems += [f"objective.{key}: {objective['name']} has no such term" for key in foreign]
+    return problems
+
+
+def _sentence(detail: Mapping[str, Any]) -> str:
+    location = [str(part) for part in detail["loc"]]
+    key = ".".join(location)
+    if detail["type"] == "extra_forbidden":
+        return f"{key}: no such setting{_did_you_mean(location[-1], _fields(location[:-1]))}"
+    if detail["type"] == "missing":
+        return f"{key}: missing"
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    return f"{key}: {message[0].lower()}{message[1:]}, not {detail['input']!r}"
+
+
+def _fields(tables: Sequence[str]) -> list[str]:
+    section: type[BaseModel] = {"attack": AttackRecipe, "objective": ObjectiveRecipe}.get(".".join(tables), Recipe)
+    return list(section.model_fields)
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""

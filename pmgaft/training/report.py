@@ -1,0 +1,89 @@
+"""RUN/report.md: what a run did and what came out, told from its own log."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pmgaft.threat import format_eps
+from pmgaft.training.recipe import Recipe
+
+_ROWS = 12
+"""Training steps shown in the table, evenly spread."""
+
+
+def read_log(directory: Path) -> list[dict[str, Any]]:
+    """The events of a run, in the order they happened; of a step that was done twice (after a resume), the last."""
+    text = (directory / "log.jsonl").read_text(encoding="utf-8")
+    events = [json.loads(line) for line in text.splitlines()]
+    last = {(event["event"], event.get("step")): place for place, event in enumerate(events)}
+    return [event for place, event in enumerate(events) if last[event["event"], event.get("step")] == place]
+
+
+def write_report(directory: Path, recipe: Recipe) -> Path:
+    """Write report.md beside the log."""
+    path = directory / "report.md"
+    path.write_text("\n".join(_lines(read_log(directory), recipe)) + "\n", encoding="utf-8")
+    return path
+
+
+def _lines(events: list[dict[str, Any]], recipe: Recipe) -> list[str]:
+    facts = next(event for event in events if event["event"] == "start")
+    end = events[-1]
+    attack, objective = recipe.attack, recipe.objective
+    lines = [
+        "# Training run",
+        "",
+        f"- Model: {facts['model']} (image encoder sha256 {facts['model_hash'][:12]})",
+        f"- Data: {facts['data']} (hash {facts['data_hash'][:19]}), {facts['images']} images of {facts['classes']} "
+        f"classes, {facts['held_out']} more held out",
+        f"- Objective: {objective.name}, guide over {facts['guide_texts']} texts",
+        f"- Attack in training: linf, eps {format_eps(attack.eps)}, {attack.steps} steps, model-input grid",
+        f"- Done: {end['step']} steps of {recipe.batch} images in {end['seconds'] / 60:.1f} minutes on {facts['device']}, "
+        f"torch {facts['torch']}",
+        "",
+        "The whole recipe is in recipe.toml, every logged figure in log.jsonl.",
+    ]
+    return lines + _judged([e for e in events if e["event"] == "judged"]) + _steps(events)
+
+
+def _judged(judged: list[dict[str, Any]]) -> list[str]:
+    if not judged:
+        return ["", "No images were held out: the model is the one after the last step."]
+    best = [event for event in judged if event["best"]][-1]["step"]
+    return [
+        "",
+        "## Held-out training images",
+        "",
+        "Shares of all held-out images, percent; robust: right when clean and under PGD-10 at the full eps.",
+        "",
+        "| step | clean | robust | |",
+        "|---|---|---|---|",
+        *(
+            f"| {e['step']} | {100 * e['clean']:.1f} | {100 * e['robust']:.1f} | {'kept' if e['step'] == best else ''} |"
+            for e in judged
+        ),
+    ]
+
+
+def _steps(events: list[dict[str, Any]]) -> list[str]:
+    steps = [event for event in events if event["event"] == "step"]
+    if not steps:
+        return []
+    shown = steps[:: max(1, len(steps) // _ROWS)]
+    terms = [key for key in steps[-1] if key.startswith("loss_")]
+    header = ["step", "loss", *(term.removeprefix("loss_") for term in terms), "lr", "eps", "images/s"]
+    rows = [
+        [str(e["step"]), f"{e['loss']:.4f}", *(f"{e[term]:.4f}" for term in terms), f"{e['lr']:.2e}"]
+        + [format_eps(e["eps"]) if e["eps"] == 0 else f"{255 * e['eps']:.3g}/255", f"{e['images_per_second']:.1f}"]
+        for e in shown
+    ]
+    return [
+        "",
+        "## Training",
+        "",
+        "Terms are shown unweighted.",
+        "",
+        *("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]),
+    ]
