@@ -1,7 +1,7 @@
 """The losses of training, one small function each, by name.
 
-Letters: x clean pixels, x_a adversarial pixels, f the student, f0 the guide (the frozen original), T unit text features,
-z = s cos(f, T) with the logit scale s, P = softmax(z). Every function here is pure.
+Letters: x clean pixels, x_a adversarial pixels, f the student, f0 the guide (the frozen original), T unit text
+features, z = s cos(f, T) with the logit scale s, P = softmax(z). Every function here is pure.
 
 An objective names the encodings it reads (so that a training step computes these and no others) and gives terms, each
 with its weight. Terms are per sample: [n], and a batch that is processed in parts adds up to what it would be whole.
@@ -71,10 +71,10 @@ class Objective:
 class Weights:
     """The settings of the objectives.
 
-    ce: cross entropy on x_a. alpha: guide on x_a. beta: clean branch. gamma: guide on clean x. feature: squared distance
-    of f(x_a) from the guide's features of clean x. kl_direction: "teacher-first" is KL(Q || P_a), where Q is the guide's
-    or the clean branch's distribution; "student-first" is KL(P_a || Q). reduction: of the KL terms over the batch.
-    detach_clean: no gradient into the clean branch.
+    ce: cross entropy on x_a. alpha: guide on x_a. beta: clean branch. gamma: guide on clean x. feature: squared
+    distance of f(x_a) from the guide's features of clean x. kl_direction: "teacher-first" is KL(Q || P_a), where Q is
+    the guide's or the clean branch's distribution; "student-first" is KL(P_a || Q). reduction: of the KL terms over the
+    batch. detach_clean: no gradient into the clean branch.
     """
 
     ce: float = 1.0

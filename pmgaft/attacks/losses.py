@@ -18,8 +18,8 @@ def cross_entropy_loss(labels: Tensor) -> Loss:
     """Cross entropy of the labels as log odds, ln((1 - p) / p): [n], grows without bound.
 
     CE = ln(1 + exp(log odds)), so both rise together and, sample by sample, have gradients of one direction. But where
-    the model is sure, CE's gradient rounds to zero (in float32 from a logit margin of about 17 on the true class's part,
-    from about 103 on everything) and the attack would stand still; that of the log odds never fades.
+    the model is sure, CE's gradient rounds to zero (in float32 from a logit margin of about 17 on the true class's
+    part, from about 103 on everything) and the attack would stand still; that of the log odds never fades.
     """
 
     def loss(logits: Tensor, rows: Tensor) -> Tensor:

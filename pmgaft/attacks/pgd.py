@@ -60,14 +60,16 @@ class Adversarial:
 
     pixels: float32 [B, 3, H, W] in [0, 1], inside each row's ball. success: bool [B], a broken point was seen (never so
     with keep="last", which does not look). loss: [B], at the point returned; NaN with keep="last". finite: bool [B],
-    false where a loss or gradient was NaN or infinite, so that the row proves nothing. gradients_used, forwards_used:
-    int64 [B]. zero_gradient_share: [B], mean share of gradient entries that were exactly zero.
+    false where a loss or gradient was NaN or infinite, so that the row proves nothing. cut_short: bool [B], time ran
+    out before the budget did, and nothing was found. gradients_used, forwards_used: int64 [B]. zero_gradient_share:
+    [B], mean share of gradient entries that were exactly zero.
     """
 
     pixels: Tensor
     success: Tensor
     loss: Tensor
     finite: Tensor
+    cut_short: Tensor
     gradients_used: Tensor
     forwards_used: Tensor
     zero_gradient_share: Tensor
@@ -83,7 +85,7 @@ def pgd(
     *,
     success: Success | None = None,
     keep: Literal["best", "last"] = "best",
-    should_stop: Callable[[], bool] | None = None,
+    expired: Callable[[Tensor], Tensor] | None = None,
 ) -> Adversarial:
     """Adversarial images that raise `loss` inside each row's threat model.
 
@@ -91,9 +93,10 @@ def pgd(
     keep="best": every iterate, the last included, is judged; a row that `success` calls broken leaves at once, and the
     point of highest loss is returned for the others. keep="last", for training: the last iterate as it is, at the cost
     of `steps` forwards and input gradients and nothing else.
-    should_stop is asked before each gradient; once true, what was found so far is returned.
+    expired, with keep="best": positions int64 [n] -> bool [n], asked once an iterate; rows where it holds are judged
+    once more and leave, with what was found so far.
     The global random state, the model's modes and every `.grad` stay as they are; float32 whatever autocast surrounds.
-    Raises: InputError where a pixel is not a finite number in [0, 1]; ThreatError for several restarts with keep="last".
+    Raises: InputError where a pixel is no finite number in [0, 1]; ThreatError for several restarts with keep="last".
     """
     _check(pixels, threats, budgets, seeds, keep)
     with (
@@ -101,13 +104,13 @@ def pgd(
         torch.enable_grad(),
         torch.autocast(pixels.device.type, enabled=False),
     ):
-        search = _Search(logits_of, pixels.detach().float().clone(), loss, success, threats, budgets)
+        search = _Search(logits_of, pixels.detach().float().clone(), loss, success, threats, budgets, expired)
         for restart in range(max((b.restarts for b in budgets), default=0)):
             rows = search.begin(restart, seeds)
             if keep == "last":
                 search.run_last(rows)
             else:
-                search.run_best(rows, should_stop or _never)
+                search.run_best(rows)
         return search.result()
 
 
@@ -141,9 +144,10 @@ class _Search:
         success: Success | None,
         threats: Sequence[ThreatModel],
         budgets: Sequence[Budget],
+        expired: Callable[[Tensor], Tensor] | None,
     ) -> None:
         self.logits_of, self.origin, self.loss, self.success = logits_of, origin, loss, success
-        self.budgets, self.device = budgets, origin.device
+        self.expired, self.budgets, self.device = expired, budgets, origin.device
         self.eps = self._per_row([t.eps for t in threats], torch.float32)
         self.step = self._per_row([b.step_for(t.eps) for t, b in zip(threats, budgets, strict=True)], torch.float32)
         self.steps = self._per_row([b.steps for b in budgets], torch.int64)
@@ -154,6 +158,7 @@ class _Search:
         self.best_loss = torch.full((size,), -torch.inf, device=self.device)
         self.broken = torch.zeros(size, dtype=torch.bool, device=self.device)
         self.finite = torch.ones(size, dtype=torch.bool, device=self.device)
+        self.cut_short = torch.zeros(size, dtype=torch.bool, device=self.device)
         self.gradients = torch.zeros(size, dtype=torch.int64, device=self.device)
         self.forwards = torch.zeros(size, dtype=torch.int64, device=self.device)
         self.zeros = torch.zeros(size, device=self.device)
@@ -164,7 +169,7 @@ class _Search:
     def begin(self, restart: int, seeds: Sequence[int]) -> _Rows:
         """The rows that this restart is for, at their starting points."""
         entitled = self._per_row([restart < b.restarts for b in self.budgets], torch.bool)
-        index = (entitled & ~self.broken & self.finite).nonzero()[:, 0]
+        index = (entitled & ~self.broken & self.finite & ~self.cut_short).nonzero()[:, 0]
         origin = self.origin if len(index) == len(self.origin) else self.origin[index]
         rows = _Rows(
             index=index,
@@ -197,17 +202,19 @@ class _Search:
         self.best[rows.index] = rows.x
         self.best_loss.fill_(torch.nan)
 
-    def run_best(self, rows: _Rows, should_stop: Callable[[], bool]) -> None:
+    def run_best(self, rows: _Rows) -> None:
         """Judge every iterate; rows leave when broken, not finite, or out of steps."""
         longest = int(rows.steps.max()) if len(rows) else -1
         for taken in range(longest + 1):
-            out_of_time = should_stop()
-            last = taken == longest or out_of_time
+            gone = self.expired(rows.index) if self.expired else torch.zeros_like(rows.index, dtype=torch.bool)
+            last = taken == longest or (self.expired is not None and bool(gone.all()))
             x = rows.x if last else rows.x.requires_grad_()
             with torch.set_grad_enabled(not last):
                 logits = self.logits_of(x, rows.index)
                 losses = self.loss(logits, rows.index)
-            leaves = self._judge(rows, logits.detach(), losses.detach()) | (rows.steps <= taken)
+            settled = self._judge(rows, logits.detach(), losses.detach())
+            self.cut_short[rows.index] |= gone & ~settled & (rows.steps > taken)
+            leaves = settled | gone | (rows.steps <= taken)
             if last or bool(leaves.all()):
                 return
             self._climb(rows, x, losses, ~leaves)
@@ -246,7 +253,8 @@ class _Search:
         return torch.where(rows.l2, gradient / norm.where(norm > 0, 1.0), gradient.sign())
 
     def _project(self, rows: _Rows, x: Tensor) -> Tensor:
-        """Into the ball, then into [0, 1]. For l2 feasible, since the image lies in the box, if not the nearest point."""
+        """Into the ball, then into [0, 1]. For l2 feasible, since the image lies in the box, if not the nearest
+        point."""
         inside = torch.maximum(torch.minimum(x, rows.origin + rows.eps), rows.origin - rows.eps)
         if self.any_l2:
             delta = x - rows.origin
@@ -260,6 +268,7 @@ class _Search:
             success=self.broken,
             loss=self.best_loss,
             finite=self.finite,
+            cut_short=self.cut_short,
             gradients_used=self.gradients,
             forwards_used=self.forwards,
             zero_gradient_share=self.zeros / self.gradients.clamp_min(1),
@@ -284,7 +293,7 @@ def _unit_noise(shape: Sequence[int], generator: torch.Generator, *, l2: bool) -
         return torch.rand(tuple(shape), generator=generator, device=generator.device) * 2 - 1
     direction = torch.randn(tuple(shape), generator=generator, device=generator.device)
     radius = torch.rand((), generator=generator, device=generator.device) ** (1 / direction.numel())
-    return direction / direction.norm() * radius
+    return direction * (radius / torch.linalg.vector_norm(direction))
 
 
 def _seed(seed: int, restart: int) -> int:
@@ -293,12 +302,9 @@ def _seed(seed: int, restart: int) -> int:
 
 
 def _l2_norm(x: Tensor) -> Tensor:
-    return _as_pixels(x.flatten(1).norm(dim=1))
+    norm: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1)
+    return _as_pixels(norm)
 
 
 def _as_pixels(values: Tensor) -> Tensor:
     return values.reshape(-1, 1, 1, 1)
-
-
-def _never() -> bool:
-    return False

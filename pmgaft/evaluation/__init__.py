@@ -1,1 +1,2 @@
-"""Evaluation: data sets x one attack -> per-image outcomes, shares with intervals, and a report of how they came about."""
+"""Evaluation: data sets x one attack -> per-image outcomes, shares with intervals, and a report of how they came
+about."""

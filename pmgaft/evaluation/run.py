@@ -1,7 +1,8 @@
 """What a model answers to images, clean and attacked. Letters: B batch, K classes, n images of a set.
 
 Clean accuracy: share of all images answered rightly. Robust accuracy: share of *all* images that are answered rightly
-when clean and still are after the attack; an image answered wrongly when clean counts as not robust and is not attacked.
+when clean and still are after the attack; an image answered wrongly when clean counts as not robust and is not
+attacked.
 """
 
 from __future__ import annotations
@@ -35,9 +36,9 @@ class Protocol:
 class Outcomes:
     """One entry per image, in the set's order, on the CPU.
 
-    label, clean, adversarial: int64 [n] class indices; `adversarial` is the answer to the image that the attack returned,
-    computed anew from it, and equals `clean` where none was made. attacked, robust: bool [n]. finite: bool [n], false
-    where the attack met NaN or infinity. zero_gradient_share: float32 [n].
+    label, clean, adversarial: int64 [n] class indices; `adversarial` is the answer to the image that the attack
+    returned, computed anew from it, and equals `clean` where none was made. attacked, robust: bool [n]. finite: bool
+    [n], false where the attack met NaN or infinity. zero_gradient_share: float32 [n].
     """
 
     label: Tensor
@@ -57,7 +58,7 @@ class Outcomes:
     @property
     def right(self) -> Tensor:
         """Answered rightly when clean: bool [n]."""
-        return self.clean == self.label
+        return torch.eq(self.clean, self.label)
 
     def __len__(self) -> int:
         return len(self.label)
@@ -93,7 +94,8 @@ def _judge_batch(
     encoder: PixelEncoder, texts: Tensor, scale: float, pixels: Tensor, labels: Tensor, protocol: Protocol, first: int
 ) -> Outcomes:
     def logits_of(x: Tensor, rows: Tensor) -> Tensor:
-        return scale * encoder(x) @ texts.T
+        features: Tensor = encoder(x)
+        return scale * features @ texts.T
 
     with torch.no_grad():
         clean = logits_of(pixels, labels).argmax(dim=1)

@@ -5,8 +5,8 @@
                        optimizer.safetensors   the optimiser's tensors, as "parameter.name"
                        state.json              step, seconds, best score, and sha256 of the other files
 
-No random state is kept, because a run has none: the order of the data, augmentations and the attack's noise are functions
-of (seed, step).
+No random state is kept, because a run has none: the order of the data, augmentations and the attack's noise are
+functions of (seed, step).
 """
 
 from __future__ import annotations
@@ -129,10 +129,10 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
         parameter, _, name = key.partition(".")
         state.setdefault(int(parameter), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    for parameter, restored in optimizer.state.items():
-        for name, value in restored.items():
-            if value.shape == parameter.shape:  # in the parameter's memory format, which files do not keep
-                restored[name] = torch.empty_like(parameter).copy_(value)
+    for weight, restored in optimizer.state.items():
+        for key, tensor in list(restored.items()):
+            if tensor.shape == weight.shape:  # in the parameter's memory format, which files do not keep
+                restored[key] = torch.empty_like(weight).copy_(tensor)
 
 
 def _read_state(path: Path) -> dict[str, Any]:

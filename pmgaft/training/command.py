@@ -11,7 +11,9 @@ import click
 @click.command()
 @click.argument("recipe")
 @click.option("--output-dir", type=click.Path(file_okay=False, path_type=Path), help="The run's directory.")
-@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a setting of the recipe. Repeatable.")
+@click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", help="Change a setting of the recipe. Repeatable."
+)
 @click.option("--data", help="The training set, in place of the recipe's: a path or a name.")
 @click.option("--resume", is_flag=True, help="Go on from the run's newest whole checkpoint.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")

@@ -1,4 +1,5 @@
-"""The inverse of folding BatchNorm into convolutions: what was trained folded goes back into the original architecture."""
+"""The inverse of folding BatchNorm into convolutions: what was trained folded goes back into the original
+architecture."""
 
 from __future__ import annotations
 
@@ -15,10 +16,11 @@ _SMALLEST_SCALE = 1e-6
 
 @torch.no_grad()
 def unfold_batchnorm(folded: PixelEncoder, original: PixelEncoder) -> PixelEncoder:
-    """A copy of `original` that computes what `folded`, made from it by `fold_batchnorm` and trained since, computes now.
+    """A copy of `original` that computes what `folded`, made from it by `fold_batchnorm` and trained since, computes
+    now.
 
-    The statistics stay the original's. With s = weight / sqrt(var + eps) of the original BatchNorm, its convolution gets
-    the folded weight / s, and its bias becomes the folded bias + mean s: exact but for float32 rounding.
+    The statistics stay the original's. With s = weight / sqrt(var + eps) of the original BatchNorm, its convolution
+    gets the folded weight / s, and its bias becomes the folded bias + mean s: exact but for float32 rounding.
     """
     unfolded = copy.deepcopy(original).eval()
     example = torch.zeros(1, 3, *original.size, device=original.mean.device)

@@ -1,10 +1,10 @@
 """A whole run: from a recipe to a directory that holds a trained model, and back into the middle of it after a stop.
 
-    RUN/recipe.toml           the recipe as resolved
-    RUN/log.jsonl             one JSON object a line: start, step, judged, checkpoint, resume, end
-    RUN/checkpoints/step-N/   see pmgaft.training.checkpoint
-    RUN/model/                the trained model in open_clip's local-dir form
-    RUN/report.md             what was done and what came out
+RUN/recipe.toml           the recipe as resolved
+RUN/log.jsonl             one JSON object a line: start, step, judged, checkpoint, resume, end
+RUN/checkpoints/step-N/   see pmgaft.training.checkpoint
+RUN/model/                the trained model in open_clip's local-dir form
+RUN/report.md             what was done and what came out
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def train(recipe: Recipe, output_dir: Path, *, device: torch.device, resume: boo
 
     After a stop by Ctrl-C a checkpoint has been written. The same recipe, seed, device and thread count give the same
     weights, stopped and resumed or not (but for `minutes`).
-    Raises: InputError if `output_dir` holds a run and `resume` is off; CheckpointError if it holds another recipe's run;
-    PmgaftError if the loss is no longer finite.
+    Raises: InputError if `output_dir` holds a run and `resume` is off; CheckpointError if it holds another recipe's
+    run; PmgaftError if the loss is no longer finite.
     """
     _refuse(output_dir, recipe, resume)
 
@@ -280,13 +280,13 @@ class _Run:
         norm = nn.utils.clip_grad_norm_(self.parameters, recipe.clip_norm or math.inf)
         if not math.isfinite(measured.loss) or not math.isfinite(float(norm)):
             raise PmgaftError(
-                f"step {self.position.step + 1}: the loss or its gradient is no longer finite, and nothing was updated; "
+                f"step {self.position.step + 1}: the loss or its gradient is no longer finite, nothing was updated; "
                 "lower lr, or lengthen warmup or attack.ramp, and start anew"
             )
         self.optimizer.step()
         if self.average is not None and recipe.ema is not None:
-            running = list(self.average.parameters())
-            torch._foreach_lerp_(running, [p.detach() for p in self.parameters], 1 - recipe.ema)
+            for running, parameter in zip(self.average.parameters(), self.parameters, strict=True):
+                running.lerp_(parameter.detach(), 1 - recipe.ema)
         return measured
 
     def _moment(self) -> _Moment | None:

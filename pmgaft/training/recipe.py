@@ -19,7 +19,7 @@ from pmgaft.threat import format_eps, parse_eps
 
 def _eps(value: object) -> float:
     if not isinstance(value, str | float | int) or isinstance(value, bool):
-        raise ValueError("write it as 1/255 or as a number")  # noqa: TRY004, pydantic reports ValueErrors
+        raise ValueError("write it as 1/255 or as a number")
     try:
         return parse_eps(value)
     except ThreatError as error:
@@ -72,7 +72,8 @@ class ObjectiveRecipe(_Section):
     logit_scale: Literal["model"] | Positive = "model"
     """The model's own, or a number; 1 switches it off."""
     guide_texts: str = "classes"
-    """What the guide speaks over: "classes" (of the training set), or a word list: "imagenet-names", or a file's path."""
+    """What the guide speaks over: "classes" (of the training set), or a word list: "imagenet-names", or a file's
+    path."""
 
     def weights(self) -> Weights:
         """The settings as the objectives take them."""
@@ -123,7 +124,8 @@ class Recipe(_Section):
     """Train towers with BatchNorm in folded form (same function, faster); written back into the original form."""
 
     hold_out: Annotated[float, Field(ge=0, le=0.5)] = 0.0
-    """Share of the training images kept aside to choose the checkpoint that becomes the run's model; 0: the last one."""
+    """Share of the training images kept aside to choose the checkpoint that becomes the run's model; 0: the last
+    one."""
     log_every: Count = 10
     """Steps."""
     checkpoint_every: Count = 500
@@ -223,8 +225,8 @@ def _sentence(detail: Mapping[str, Any]) -> str:
 
 
 def _fields(tables: Sequence[str]) -> list[str]:
-    section: type[BaseModel] = {"attack": AttackRecipe, "objective": ObjectiveRecipe}.get(".".join(tables), Recipe)
-    return list(section.model_fields)
+    sections: dict[str, type[_Section]] = {"attack": AttackRecipe, "objective": ObjectiveRecipe}
+    return list(sections.get(".".join(tables), Recipe).model_fields)
 
 
 def _did_you_mean(word: str, known: Sequence[str]) -> str:

@@ -32,16 +32,16 @@ def _lines(events: list[dict[str, Any]], recipe: Recipe) -> list[str]:
     facts = next(event for event in events if event["event"] == "start")
     end = events[-1]
     attack, objective = recipe.attack, recipe.objective
+    images = f"{facts['images']} images of {facts['classes']} classes, {facts['held_out']} more held out"
+    minutes = f"{end['seconds'] / 60:.1f} minutes"
     lines = [
         "# Training run",
         "",
         f"- Model: {facts['model']} (image encoder sha256 {facts['model_hash'][:12]})",
-        f"- Data: {facts['data']} (hash {facts['data_hash'][:19]}), {facts['images']} images of {facts['classes']} "
-        f"classes, {facts['held_out']} more held out",
+        f"- Data: {facts['data']} (hash {facts['data_hash'][:19]}), {images}",
         f"- Objective: {objective.name}, guide over {facts['guide_texts']} texts",
         f"- Attack in training: linf, eps {format_eps(attack.eps)}, {attack.steps} steps, model-input grid",
-        f"- Done: {end['step']} steps of {recipe.batch} images in {end['seconds'] / 60:.1f} minutes on {facts['device']}, "
-        f"torch {facts['torch']}",
+        f"- Done: {end['step']} steps of {recipe.batch} images, {minutes} on {facts['device']}, torch {facts['torch']}",
         "",
         "The whole recipe is in recipe.toml, every logged figure in log.jsonl.",
     ]
@@ -52,6 +52,7 @@ def _judged(judged: list[dict[str, Any]]) -> list[str]:
     if not judged:
         return ["", "No images were held out: the model is the one after the last step."]
     best = [event for event in judged if event["best"]][-1]["step"]
+    rows = [(e["step"], e["clean"], e["robust"], "kept" if e["step"] == best else "") for e in judged]
     return [
         "",
         "## Held-out training images",
@@ -60,10 +61,7 @@ def _judged(judged: list[dict[str, Any]]) -> list[str]:
         "",
         "| step | clean | robust | |",
         "|---|---|---|---|",
-        *(
-            f"| {e['step']} | {100 * e['clean']:.1f} | {100 * e['robust']:.1f} | {'kept' if e['step'] == best else ''} |"
-            for e in judged
-        ),
+        *(f"| {step} | {100 * clean:.1f} | {100 * robust:.1f} | {note} |" for step, clean, robust, note in rows),
     ]
 
 
@@ -75,8 +73,13 @@ def _steps(events: list[dict[str, Any]]) -> list[str]:
     terms = [key for key in steps[-1] if key.startswith("loss_")]
     header = ["step", "loss", *(term.removeprefix("loss_") for term in terms), "lr", "eps", "images/s"]
     rows = [
-        [str(e["step"]), f"{e['loss']:.4f}", *(f"{e[term]:.4f}" for term in terms), f"{e['lr']:.2e}"]
-        + [format_eps(e["eps"]) if e["eps"] == 0 else f"{255 * e['eps']:.3g}/255", f"{e['images_per_second']:.1f}"]
+        [
+            str(e["step"]),
+            *(f"{e[key]:.4f}" for key in ("loss", *terms)),
+            f"{e['lr']:.2e}",
+            f"{255 * e['eps']:.3g}/255",
+            f"{e['images_per_second']:.1f}",
+        ]
         for e in shown
     ]
     return [

@@ -52,7 +52,8 @@ class Measured:
 
 
 def frozen_view(encoder: PixelEncoder) -> PixelEncoder:
-    """The same weights in the same memory, as a module without parameter gradients: it follows every update in place."""
+    """The same weights in the same memory, as a module without parameter gradients: it follows every update in
+    place."""
     view = copy.deepcopy(encoder)
     for name, parameter in encoder.named_parameters():
         owner, _, last = name.rpartition(".")
@@ -74,8 +75,8 @@ def accumulate_gradients(
 
     pixels: float32 [B, 3, H, W] in [0, 1]. labels: int64 [B]. seeds: one per image, for the attack's random start.
     Costs, in image-encoder passes over the batch: `budget.steps` forwards with input gradient, one forward and backward
-    of the student over [x_adv; x] as one batch, one forward of the guide; less where the objective reads less. The batch
-    is worked off in parts of `micro_batch`, which changes speed and memory and not the result.
+    of the student over [x_adv; x] as one batch, one forward of the guide; less where the objective reads less. The
+    batch is worked off in parts of `micro_batch`, which changes speed and memory and not the result.
     """
     batch = len(pixels)
     measured: dict[str, list[Tensor]] = defaultdict(list)
@@ -125,5 +126,5 @@ def _encode(learner: Learner, pixels: Tensor, adversarial: Tensor) -> dict[Encod
         if read:
             with torch.set_grad_enabled(encoder is learner.student):
                 features = encoder.raw(torch.cat([images[name.partition("_")[2]] for name in read]))
-            encodings.update(zip(read, features.split(len(pixels)), strict=True))
+            encodings.update(zip(read, features.chunk(len(read)), strict=True))
     return encodings
