@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.jit._trace import TracerWarning
 
 from pmgaft.errors import PmgaftError
 
@@ -50,7 +51,7 @@ def write_torchscript(encoder: Encoder, path: Path) -> None:
     try:
         with quiet_torchscript(), torch.no_grad():
             # It warns of sizes that might have become constants: whether they have, other batch sizes show.
-            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            warnings.simplefilter("ignore", TracerWarning)
             traced = torch.jit.trace(encoder.module, encoder.example, check_trace=False)  # type: ignore[no-untyped-call]
             torch.jit.save(traced, path)
     finally:
@@ -78,6 +79,8 @@ def write_onnx(encoder: Encoder, path: Path) -> None:
     except torch.onnx.OnnxExporterError as error:
         raise PmgaftError(f"this model cannot be written as ONNX: {_first_line(error)}", code="onnx_failed") from error
     assert program is not None
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # the exporter's stack traces: paths of this machine, and half of a small file
     program.save(path, external_data=weights > ONNX_INLINE_BYTES)
 
 

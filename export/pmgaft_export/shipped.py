@@ -44,12 +44,12 @@ def model_files(name_or_path: str) -> list[Path]:
     Raises: ModelError if it is neither, saying what to do.
     """
     if name_or_path in zoo.NAMES:
-        zoo = Path(str(files("pmgaft.clip").joinpath("zoo")))
-        return [zoo / "open_clip_config.json", zoo / "text.safetensors", zoo / f"{name_or_path}.safetensors"]
+        names = ("open_clip_config.json", "text.safetensors", f"{name_or_path}.safetensors")
+        return [Path(zoo.__file__).parent / name for name in names]
     if found := sorted(path for path in Path(name_or_path, "model").glob("*") if path.is_file()):
         return found
     raise ModelError(
-        f"{quote(name_or_path, 200)} is neither a bundle nor a run of `pmgaft train` nor one of {', '.join(zoo.NAMES)}; "
+        f"{quote(name_or_path, 200)} is neither a bundle nor a run nor one of {', '.join(zoo.NAMES)}; "
         "any other model becomes a bundle by `pmgaft export`"
     )
 
