@@ -292,7 +292,7 @@ def _unit_noise(shape: Sequence[int], generator: torch.Generator, *, l2: bool) -
     if not l2:
         return torch.rand(tuple(shape), generator=generator, device=generator.device) * 2 - 1
     direction = torch.randn(tuple(shape), generator=generator, device=generator.device)
-    radius = torch.rand((), generator=generator, device=generator.device) ** (1 / direction.numel())
+    radius: Tensor = torch.rand((), generator=generator, device=generator.device) ** (1 / direction.numel())
     return direction * (radius / torch.linalg.vector_norm(direction))
 
 

@@ -192,6 +192,10 @@ class _Run:
         prepare = fold_batchnorm if recipe.fold_batchnorm else copy.deepcopy
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         student: PixelEncoder = prepare(clip.image).eval().requires_grad_(True).to(memory_format=layout)
+        guide = frozen_copy(student)
+        for module in student.modules():
+            if hasattr(module, "inplace"):
+                module.inplace = False  # under autograd, in-place activations copy their input first
         class_names = self.training_set.class_names
         templates = recipe.train_templates or self.training_set.templates
         texts = label_features(clip.text.encode, class_names, templates)
@@ -200,7 +204,7 @@ class _Run:
         return Learner(
             student=student,
             attacked=freeze(frozen_view(student)),
-            guide=frozen_copy(student),
+            guide=guide,
             objective=OBJECTIVES[recipe.objective.name](recipe.objective.weights()),
             texts=texts,
             guide_texts=texts if words == list(class_names) else label_features(clip.text.encode, words, templates),
