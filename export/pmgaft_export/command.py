@@ -39,35 +39,32 @@ def export(model_or_run: str, output_dir: Path, formats: tuple[str, ...], pretra
       pmgaft export runs/demo --output-dir bundles/demo
       pmgaft export ViT-B-32-quickgelu --pretrained model_best.pth.tar --output-dir bundles/robust
     """
-    from pmgaft.console import step
+    from pmgaft.console import note, step
 
-    from .build import check_formats, check_free, export_bundle, source_of
-
-    check_formats(formats)
-    check_free(output_dir, force=force)
     with step(f"loading {model_or_run}"):
         from pmgaft.clip.loading import load_clip
 
+        from .build import check_formats, check_free, export_bundle, source_of
+
+        check_formats(formats)
+        check_free(output_dir, force=force)
         clip = load_clip(model_or_run, pretrained)
     run = Path(model_or_run) if Path(model_or_run, "model").is_dir() else None
-    bundle = export_bundle(clip, output_dir, formats, source=source_of(clip, run), force=force)
-    click.echo(summary(bundle))
+    report(export_bundle(clip, output_dir, formats, source=source_of(clip, run), force=force, progress=note))
 
 
-def summary(bundle: Bundle) -> str:
-    """What was written, how well it agrees with the model, and what to type next."""
-    manifest = bundle.manifest
-    batches = " and ".join(map(str, manifest.differentiable.batches))
+def report(bundle: Bundle) -> None:
+    """Print what was written, how well it agrees with the model, and what to type next."""
+    from pmgaft.console import print_table
+
+    manifest, probe = bundle.manifest, bundle.manifest.differentiable
+    rows = [
+        (name, f"{found.image_difference:.1e}", f"{found.text_difference:.1e}", f"{found.top1_agreement:.0%}", "")
+        for name, found in ((name, entry.parity) for name, entry in manifest.formats.items())
+    ]
+    rows.append(("probe", f"{probe.image_difference:.1e}", "", "", f"{probe.gradient_difference:.1e}"))
+    title = f"exported against eager, batches of {' and '.join(map(str, probe.batches))}: largest difference"
+    print_table(("encoders", "image", "text", "same best text", "input gradient"), rows, title)
     megabytes = sum(entry.size for entry in manifest.files) / 1e6
-    lines = [f"exported against eager, batches of {batches} (largest difference):"]
-    lines += [
-        f"  {name:<12} image features {entry.parity.image_difference:.1e}, text features "
-        f"{entry.parity.text_difference:.1e}, same best text {entry.parity.top1_agreement:.0%}"
-        for name, entry in manifest.formats.items()
-    ]
-    lines += [
-        f"  {'probe':<12} input gradient {manifest.differentiable.gradient_difference:.1e} of its length",
-        f"{bundle.directory}: {len(manifest.files) + 1} files, {megabytes:.1f} MB, {bundle.hash}",
-        f"next: pmgaft serve {bundle.directory}",
-    ]
-    return "\n".join(lines)
+    click.echo(f"{bundle.directory}: {len(manifest.files) + 1} files, {megabytes:.1f} MB, {bundle.hash}")
+    click.echo(f"next: pmgaft serve {bundle.directory}")
