@@ -195,7 +195,7 @@ class _Run:
         guide = frozen_copy(student)
         for module in student.modules():
             if hasattr(module, "inplace"):
-                module.inplace = False  # under autograd, in-place activations copy their input first
+                module.inplace = False  # type: ignore[assignment]  # under autograd, in-place activations copy their input first
         class_names = self.training_set.class_names
         templates = recipe.train_templates or self.training_set.templates
         texts = label_features(clip.text.encode, class_names, templates)
