@@ -23,9 +23,7 @@ def open_folder(folder: Path, name: str, classes_folder: Path) -> StoredImages:
     Raises: DataError for a directory that classes.json does not know, or without images.
     """
     directories = class_directories(folder)
-    names = _names(directories, classes_folder)
-    order = sorted(set(names.values()))
-    class_names = tuple(name for _, name in order)
+    class_names, label_of = _classes(directories, classes_folder)
     labels: list[int] = []
     files: list[Path] = []
     for directory in directories:
@@ -33,7 +31,7 @@ def open_folder(folder: Path, name: str, classes_folder: Path) -> StoredImages:
         if not found:
             raise DataError(f"the class directory {directory} holds no images")
         files += found
-        labels += [order.index(names[directory])] * len(found)
+        labels += [label_of[directory]] * len(found)
 
     def encoded(index: int) -> bytes:
         try:
@@ -61,17 +59,16 @@ def class_directories(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _names(directories: list[Path], classes_folder: Path) -> dict[Path, tuple[int, str]]:
-    """Each directory's (rank, class name)."""
+def _classes(directories: list[Path], classes_folder: Path) -> tuple[tuple[str, ...], dict[Path, int]]:
+    """The class names, and each directory's label."""
     if not (classes_folder / CLASSES_FILE).is_file():
-        return {path: (rank, path.name.replace("_", " ")) for rank, path in enumerate(directories)}
+        names = tuple(path.name.replace("_", " ") for path in directories)
+        return names, {path: label for label, path in enumerate(directories)}
+    entries = read_classes(classes_folder)
     known = {
-        entry[key]: (rank, entry["name"])
-        for key in ("name", "wnid", "source")
-        for rank, entry in enumerate(read_classes(classes_folder))
-        if key in entry
+        entry[key]: label for key in ("name", "wnid", "source") for label, entry in enumerate(entries) if key in entry
     }
     unknown = [path.name for path in directories if path.name not in known]
     if unknown:
         raise DataError(f"{classes_folder / CLASSES_FILE} does not know the class directory {unknown[0]}")
-    return {path: known[path.name] for path in directories}
+    return tuple(entry["name"] for entry in entries), {path: known[path.name] for path in directories}
