@@ -102,8 +102,7 @@ def probe(
         logits_of = _masked_logits(encode, logit_scale, [texts.clone() for texts in text_features])
         every = torch.arange(len(pixels), device=pixels.device)
         before = logits_of(pixels, every)
-        clean = before.argmax(dim=1)
-        found = _search(logits_of, pixels, clean, settings, _deadlines(settings, began, should_stop, pixels.device))
+        found = _search(logits_of, pixels, before, settings, _deadlines(settings, began, should_stop, pixels.device))
         after = logits_of(found.pixels, every)
     seconds = time.monotonic() - began
     sizes = [len(texts) for texts in text_features]
@@ -143,12 +142,13 @@ def _deadlines(
 
 
 def _search(
-    logits_of: LogitsOf, pixels: Tensor, clean: Tensor, settings: Sequence[ProbeSettings], expired: Expired
+    logits_of: LogitsOf, pixels: Tensor, before: Tensor, settings: Sequence[ProbeSettings], expired: Expired
 ) -> Adversarial:
     """Climb the cross entropy; where that finds nothing, the margin. For two labels they are the same loss."""
     every = torch.arange(len(pixels), device=pixels.device)
+    clean = before.argmax(dim=1)
     found = _attack(logits_of, pixels, clean, settings, expired, cross_entropy_loss, every)
-    several = logits_of(pixels, every).isfinite().sum(dim=1) > 2
+    several = before.isfinite().sum(dim=1) > 2
     rows = every[~found.success & found.finite & ~found.cut_short & several]
     if not len(rows):
         return found
