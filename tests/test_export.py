@@ -169,7 +169,7 @@ def test_a_bundle_is_replaced_by_force_alone(tiny_clip: Clip, tmp_path: Path) ->
         export_bundle(tiny_clip, target, formats=QUICK)
     assert files(target) == before
     export_bundle(tiny_clip, target, formats=QUICK, force=True)
-    assert open_bundle(target).manifest.name == tiny_clip.name
+    assert open_bundle(target).manifest.name == "tiny-efficientnet"
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
@@ -216,7 +216,7 @@ def test_the_command_exports_a_run_with_its_recipe_and_prints_the_parity(run: Pa
     result = pmgaft("export", run, "--output-dir", tmp_path / "out" / "bundle", "--format", "torchscript")
     assert result.exit_code == 0, result.output
     bundle = open_bundle(tmp_path / "out" / "bundle")
-    assert bundle.manifest.source.run == "run"
+    assert bundle.manifest.name == bundle.manifest.source.run == "run"
     assert bundle.manifest.source.recipe == {"model": "mini", "attack": {"steps": 2}}
     assert "batches of 1 and 7" in result.stdout
     for name in ("torchscript", "probe"):

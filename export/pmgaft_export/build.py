@@ -186,7 +186,7 @@ def _manifest(
     """The manifest, its list of files still empty."""
     return Manifest(
         schema_version=SCHEMA_VERSION,
-        name=clip.name,
+        name=source.run or Path(clip.name).name,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         source=source,
         preprocess=PreprocessEntry(**asdict(clip.preprocess)),

@@ -129,7 +129,10 @@ class DifferentiableEntry(Entry):
 
 
 class Manifest(Entry):
-    """Everything about a bundle that is not in its encoders. `logit_scale` is the factor itself, not its logarithm."""
+    """Everything about a bundle that is not in its encoders.
+
+    name: of the run, or the model's without its place.  logit_scale: the factor itself, not its logarithm.
+    """
 
     schema_version: Literal[1]
     name: str
