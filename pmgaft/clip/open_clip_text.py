@@ -36,8 +36,8 @@ def convert_tokenizer(tokenizer: object, context_length: int) -> Tokenizer:
         return Tokenizer(_clip_bpe(tokenizer), context_length, _CLEANINGS[tokenizer.clean_fn])
     if isinstance(tokenizer, HFTokenizer) and not tokenizer.tokenizer_mode and not tokenizer.strip_sep_token:
         backend = tokenizers.Tokenizer.from_str(tokenizer.tokenizer.backend_tokenizer.to_str())
-        backend.enable_padding(pad_id=tokenizer.tokenizer.pad_token_id or 0)
-        return Tokenizer(backend, context_length, _CLEANINGS[tokenizer.clean_fn])
+        pad_id = tokenizer.tokenizer.pad_token_id or 0
+        return Tokenizer(backend, context_length, _CLEANINGS[tokenizer.clean_fn], pad_id)
     raise ModelError(f"tokenizers of this kind ({type(tokenizer).__name__}) are not supported")
 
 
@@ -54,7 +54,6 @@ def _clip_bpe(simple: SimpleTokenizer) -> tokenizers.Tokenizer:
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{start} $A {end}", special_tokens=[(start, simple.sot_token_id), (end, simple.eot_token_id)]
     )
-    bpe.enable_padding(pad_id=0)
     return bpe
 
 

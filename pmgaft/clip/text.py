@@ -43,36 +43,37 @@ def clean_text(text: str, how: Cleaning = "lower") -> str:
 class Tokenizer:
     """Strings -> token ids, start and end tokens included.
 
-    tokenizer: adds the model's special tokens by itself and names the padding id (`enable_padding`).
-    context_length: the longest sequence the text tower takes.
+    tokenizer: adds the model's special tokens by itself. context_length: the longest sequence the text tower takes.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, context_length: int, cleaning: Cleaning = "lower") -> None:
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, context_length: int, cleaning: Cleaning = "lower", pad_id: int = 0
+    ) -> None:
         self._tokenizer = tokenizer
         self.context_length = context_length
         self.cleaning: Cleaning = cleaning
-        self.pad_id = int((tokenizer.padding or {}).get("pad_id", 0))
+        self.pad_id = pad_id
         tokenizer.no_padding()
         tokenizer.no_truncation()
 
     @classmethod
     def load(cls, path: Path, context_length: int) -> Self:
-        """From a tokenizer.json. Raises: ModelError if the file is missing or damaged."""
+        """From a file that `save` wrote. Raises: ModelError if it is missing or damaged."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            cleaning = content.pop(_SETTINGS)["cleaning"]
+            settings = content.pop(_SETTINGS)
+            cleaning, pad_id = settings["cleaning"], int(settings["pad_id"])
             tokenizer = tokenizers.Tokenizer.from_str(json.dumps(content))
         except Exception as error:  # the tokenizers library raises bare Exception
             raise ModelError(f"{path} is not a readable tokenizer.json") from error
         if cleaning not in get_args(Cleaning):
             raise ModelError(f"{path} asks for an unknown text cleaning {quote(cleaning)}")
-        return cls(tokenizer, context_length, cleaning)
+        return cls(tokenizer, context_length, cleaning, pad_id)
 
     def save(self, path: Path) -> None:
         """Write a tokenizer.json: the tokenizers library's form and one key of ours."""
-        copy = tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
-        copy.enable_padding(pad_id=self.pad_id)
-        content = json.loads(copy.to_str()) | {_SETTINGS: {"cleaning": self.cleaning}}
+        content = json.loads(self._tokenizer.to_str())
+        content[_SETTINGS] = {"cleaning": self.cleaning, "pad_id": self.pad_id}
         path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:

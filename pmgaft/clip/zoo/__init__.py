@@ -18,16 +18,16 @@ from pmgaft.errors import ModelError
 
 NAMES = ("mini", "mini-robust")
 
-_HERE = Path(__file__).parent
+HERE = Path(__file__).parent
 
 
 @contextmanager
-def local_dir(name: str, source: Path = _HERE) -> Iterator[Path]:
+def local_dir(name: str) -> Iterator[Path]:
     """A temporary directory with the shipped model `name` in open_clip's local-dir form, single precision.
 
-    source: the directory of the shipped files. Raises: ModelError if one is missing.
+    Raises: ModelError if one is missing.
     """
-    files = [source / f"{name}.safetensors", source / "text.safetensors", source / "open_clip_config.json"]
+    files = [HERE / f"{name}.safetensors", HERE / "text.safetensors", HERE / "open_clip_config.json"]
     for file in files:
         if not file.is_file():
             raise ModelError(f"the shipped model {name} is incomplete: {file} is missing", field="model")
