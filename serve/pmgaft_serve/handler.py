@@ -1,0 +1,121 @@
+"""TorchServe's shapes in, ours out. TorchServe loads this module by name, makes its one class, and calls `handle`.
+
+Asynchronous mode: `handle` gets one request at a time, and many are under way on one event loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from http import HTTPStatus
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ts.context import Context
+
+if TYPE_CHECKING:
+    from .service import Incoming, Service
+
+logger = logging.getLogger(__name__)
+
+
+class Handler:
+    """One worker's service behind TorchServe's interface."""
+
+    def initialize(self, context: Context) -> None:
+        """Load the model and try it. Where that fails, the reason is left in a file for the launcher."""
+        config: Mapping[str, Any] = context.model_yaml_config["pmgaft"]
+        _log_to_stderr()
+        _end_with(config["launcher"])
+        try:
+            self._service = _service(config, context.system_properties["gpu_id"])
+        except Exception as error:
+            Path(config["state"], "failure.txt").write_text(_reason(error), encoding="utf-8")
+            raise
+
+    async def handle(self, data: list[dict[str, bytearray]], context: Context) -> list[bytes]:
+        """Answer the one request in `data`."""
+        reply = await self._service.answer(_incoming(data[0], context))
+        context.set_response_status(reply.status, HTTPStatus(reply.status).phrase, 0)
+        context.set_response_content_type(0, "application/json")
+        for name, value in reply.headers.items():
+            context.set_response_header(0, name, value)
+        return [reply.body]
+
+
+def _incoming(fields: Mapping[str, bytearray], context: Context) -> Incoming:
+    from .service import Incoming
+
+    # header names come as the client spelled them; under the names of form fields lie dicts, which are not headers
+    headers = {
+        name.lower(): value for name, value in context.get_all_request_header(0).items() if isinstance(value, str)
+    }
+    return Incoming(
+        fields={name: bytes(value) for name, value in fields.items()},
+        content_type=headers.get("content-type"),
+        authorization=headers.get("authorization"),
+        request_id=context.get_request_id(0) or "",
+    )
+
+
+def _service(config: Mapping[str, Any], gpu_id: int | None) -> Service:
+    from pydantic import TypeAdapter
+
+    from pmgaft_export.bundle import open_bundle
+
+    from .engines import worker_device
+    from .metrics import Metrics
+    from .service import Service, Settings, model_of
+
+    settings = TypeAdapter(Settings).validate_python(config["settings"])
+    device = worker_device(config["device"], gpu_id)
+    model = model_of(open_bundle(Path(config["bundle"])), config["engine"], device, settings.threads)
+    metrics = Metrics()
+    draining = Path(config["state"], "draining")
+    service = Service(model, settings, metrics, draining.exists)
+    service.warm_up()
+    metrics.count("pmgaft_worker_starts_total")
+    return service
+
+
+def _reason(error: Exception) -> str:
+    from pmgaft.errors import PmgaftError
+
+    return error.message if isinstance(error, PmgaftError) else f"{type(error).__name__}: {error}"
+
+
+def _log_to_stderr() -> None:
+    """TorchServe's log keeps what a worker writes to stderr; its own lines at every request are not worth keeping."""
+    logging.getLogger().setLevel(logging.WARNING)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s %(message)s"))
+    ours = logging.getLogger("pmgaft_serve")
+    ours.addHandler(handler)
+    ours.propagate = False
+
+
+def _end_with(launcher: int) -> None:
+    """Where the launcher or TorchServe was killed, end TorchServe and this worker: they would hold port and memory."""
+    torchserve = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == torchserve and _alive(launcher):
+            time.sleep(1)
+        if os.getppid() == torchserve:
+            os.kill(torchserve, signal.SIGTERM)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="watch-parents", daemon=True).start()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

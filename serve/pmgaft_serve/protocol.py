@@ -1,0 +1,540 @@
+"""The request, the answer and the mistakes of the HTTP interface: written down here once, for every front end.
+
+A front end hands over what it received (`parse`: JSON bytes or form fields) and gets a `Request`, or an error whose
+`code` is one of `STATUS`. `openapi()` is made from the same models.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.json_schema import models_json_schema
+
+from pmgaft import __version__
+from pmgaft.clip.preprocess import ImageLimits
+from pmgaft.clip.text import DEFAULT_TEMPLATES, check_labels, fill
+from pmgaft.errors import InputError, PmgaftError, ThreatError, quote
+from pmgaft.threat import ThreatModel, parse_eps
+
+PATH = "/predictions/pmgaft"
+
+STATUS: dict[str, int] = {
+    # 400: malformed
+    "request_empty": 400,
+    "json_invalid": 400,
+    "text_invalid": 400,
+    "base64_invalid": 400,
+    "field_unknown": 400,
+    "field_invalid": 400,
+    "image_missing": 400,
+    "images_ambiguous": 400,
+    "labels_missing": 400,
+    "label_not_string": 400,
+    # 401, 403: not allowed
+    "token_invalid": 401,
+    "probe_disabled": 403,
+    # 413: too large
+    "request_too_large": 413,
+    "image_too_large": 413,
+    "image_too_many_pixels": 413,
+    # 415: not something this server reads
+    "content_type_unsupported": 415,
+    "image_invalid": 415,
+    "image_unsupported": 415,
+    # 422: well-formed, and impossible
+    "image_empty": 422,
+    "image_truncated": 422,
+    "images_empty": 422,
+    "images_too_many": 422,
+    "labels_empty": 422,
+    "labels_too_few": 422,
+    "labels_too_many": 422,
+    "labels_duplicate": 422,
+    "label_empty": 422,
+    "label_too_long": 422,
+    "template_invalid": 422,
+    "templates_too_many": 422,
+    "texts_too_many": 422,
+    "top_k_invalid": 422,
+    "eps_invalid": 422,
+    "norm_invalid": 422,
+    "steps_invalid": 422,
+    "step_size_invalid": 422,
+    "restarts_invalid": 422,
+    "seed_invalid": 422,
+    # 429, 503: not now; both come with Retry-After
+    "probe_busy": 429,
+    "overloaded": 503,
+    "draining": 503,
+    "out_of_memory": 503,
+    # 500: our mistake
+    "internal": 500,
+}
+"""Every error code an answer can carry, and its HTTP status."""
+
+RETRY_AFTER_SECONDS: dict[str, int] = {"probe_busy": 5, "overloaded": 1, "draining": 10, "out_of_memory": 5}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one request may ask for. `request_bytes` counts the whole body; texts are labels times templates."""
+
+    request_bytes: int = 32 * 2**20
+    image: ImageLimits = field(default_factory=ImageLimits)
+    images: int = 16
+    labels: int = 1000
+    label_characters: int = 300
+    templates: int = 100
+    texts: int = 10_000
+    steps: int = 200
+    restarts: int = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeOptions:
+    """What a request asks of a probe. step_size: None is the attack's own default."""
+
+    threat: ThreatModel
+    steps: int
+    restarts: int
+    step_size: float | None
+    seed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A request that can be tried. An image that could not even be read from the body is its error.
+
+    several: asked as a list, and so answered as one.
+    """
+
+    images: tuple[bytes | PmgaftError, ...]
+    several: bool
+    labels: tuple[str, ...]
+    templates: tuple[str, ...]
+    top_k: int | None
+    probe: ProbeOptions | None
+
+
+def _only_eps(value: object) -> object:
+    """The short form of a probe: `"1/255"` stands for `{"eps": "1/255"}`."""
+    return {"eps": value} if isinstance(value, str | int | float) and not isinstance(value, bool) else value
+
+
+class ProbeModel(BaseModel):
+    """How to attack the image: inside `eps` of it, by `steps` gradient steps from each of `restarts` random starts."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    eps: str | float = Field("1/255", description="Largest change of a pixel, pixels lying in [0, 1].")
+    norm: Literal["linf"] = "linf"
+    steps: int = Field(20, ge=1)
+    restarts: int = Field(1, ge=1)
+    step_size: str | float | None = Field(None, description="In the unit of eps; by default 2.5 eps / steps.")
+    seed: int = Field(0, ge=0, le=2**31 - 1)
+
+
+class RequestModel(BaseModel):
+    """A picture (or several) and the labels to rank for it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    image: str | None = Field(None, description="The image file, in base64.")
+    images: list[str] | None = Field(None, description="Several image files, in base64; the answer has `results`.")
+    labels: list[str] = Field(description="The answer's probabilities are over these alone.")
+    templates: list[str] = Field(list(DEFAULT_TEMPLATES), description='Prompts with one "{}" for the label; averaged.')
+    top_k: int | None = Field(None, ge=1, description="How many predictions to answer; all by default.")
+    probe: Annotated[
+        ProbeModel | None, BeforeValidator(_only_eps, json_schema_input_type=ProbeModel | str | float | None)
+    ] = None
+
+
+class Prediction(BaseModel):
+    """One label: its probability among the request's labels, and the cosine of image and label."""
+
+    label: str
+    probability: float
+    similarity: float
+
+
+class Adversarial(BaseModel):
+    """The model's first label for the attacked image."""
+
+    label: str
+    probability: float
+
+
+class ProbeAnswer(BaseModel):
+    """What an attack on this very answer found, under the stated threat model and budget, and nothing beyond it."""
+
+    verdict: Literal["broken", "not_broken", "inconclusive"]
+    reason: str | None = None
+    threat_model: dict[str, str | float]
+    attack: dict[str, int | float | str]
+    clean: Adversarial
+    adversarial: Adversarial | None = None
+    gradients: int
+    forwards: int
+    zero_gradient_share: float
+    seconds: float
+    statement: str
+
+
+class ModelInfo(BaseModel):
+    """Which model answered."""
+
+    name: str
+    bundle: str
+    engine: str
+    format: str
+
+
+class ErrorBody(BaseModel):
+    """What was wrong, where, and what would be right; `code` is one of a closed list."""
+
+    code: str
+    message: str
+    field: str | None = None
+
+
+class ErrorAnswer(BaseModel):
+    """The answer to a request that was refused or failed."""
+
+    error: ErrorBody
+    request_id: str
+
+
+class Result(BaseModel):
+    """One image of several: its predictions, or its error."""
+
+    predictions: list[Prediction] | None = None
+    probe: ProbeAnswer | None = None
+    error: ErrorBody | None = None
+
+
+class Answer(BaseModel):
+    """The answer to one image: labels from the most to the least probable."""
+
+    predictions: list[Prediction]
+    probe: ProbeAnswer | None = None
+    note: str
+    model: ModelInfo
+    timing_ms: dict[str, float]
+    request_id: str
+
+
+class Answers(BaseModel):
+    """The answer to several images, in their order."""
+
+    results: list[Result]
+    note: str
+    model: ModelInfo
+    timing_ms: dict[str, float]
+    request_id: str
+
+
+def parse_json(data: bytes, limits: Limits) -> Request:
+    """A JSON body -> Request. Raises: PmgaftError with a code of STATUS."""
+    _check_size(len(data), limits)
+    if not data.strip():
+        raise InputError("the request has no body; send JSON or a form", code="request_empty")
+    raw = _load_json(data, "the body")
+    if not isinstance(raw, dict):
+        raise InputError("the body must be a JSON object", code="json_invalid")
+    model = _validate(raw)
+    if model.image is not None and model.images is not None:
+        raise InputError("send either image or images", field="images", code="images_ambiguous")
+    if model.images is None:
+        images: list[bytes | PmgaftError] = [_base64(model.image, "image")] if model.image is not None else []
+        return _request(model, images, several=False, limits=limits)
+    _check_count(len(model.images), limits)
+    images = [_base64_or_error(text, f"images.{number}") for number, text in enumerate(model.images)]
+    return _request(model, images, several=True, limits=limits)
+
+
+def parse_form(fields: Mapping[str, bytes], limits: Limits) -> Request:
+    """The fields of a multipart form, by name -> Request. Raises: PmgaftError with a code of STATUS.
+
+    `labels` and `templates` are JSON lists, or labels separated by commas and a single template; `probe` is a JSON
+    object or just an eps. Names must be distinct: TorchServe keeps only the last of equal ones.
+    """
+    _check_size(sum(map(len, fields.values())), limits)
+    numbered = {name: value for name, value in fields.items() if re.fullmatch(r"image\.\d{1,4}", name)}
+    raw = {name: _form_value(name, value) for name, value in fields.items() if name != "image" and name not in numbered}
+    if "images" in raw:
+        raise InputError(
+            "in a form, several images are files named image.0, image.1, ...", field="images", code="field_unknown"
+        )
+    model = _validate(raw)
+    if "image" in fields and numbered:
+        raise InputError("send either image or image.0, image.1, ...", field="image", code="images_ambiguous")
+    if not numbered:
+        return _request(model, [fields["image"]] if "image" in fields else [], several=False, limits=limits)
+    _check_count(len(numbered), limits)
+    images = [numbered[name] for name in sorted(numbered, key=lambda name: int(name.partition(".")[2]))]
+    return _request(model, images, several=True, limits=limits)
+
+
+def parse(content_type: str | None, fields: Mapping[str, bytes], limits: Limits) -> Request:
+    """What a front end received -> Request. fields: the form's fields, or the whole body under the name "body".
+
+    Raises: PmgaftError with a code of STATUS.
+    """
+    kind = (content_type or "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        return parse_form(fields, limits)
+    body = fields.get("body", b"")
+    if kind == "application/json" or (not body and not any(fields.values())):
+        return parse_json(body, limits)
+    _check_size(sum(map(len, fields.values())), limits)
+    message = f"content type {quote(kind)} is not understood; send application/json or multipart/form-data"
+    raise InputError(message, code="content_type_unsupported")
+
+
+def error_body(error: PmgaftError) -> ErrorBody:
+    """What the client is told. A code that is not in STATUS is our own mistake and says nothing of what happened."""
+    if error.code not in STATUS or error.code == "internal":
+        return ErrorBody(code="internal", message="the server failed on this request; its log says why")
+    return ErrorBody(code=error.code, message=error.message, field=error.field)
+
+
+def _check_size(size: int, limits: Limits) -> None:
+    if size > limits.request_bytes:
+        message = f"the request has {size:,} bytes; at most {limits.request_bytes:,} are allowed"
+        raise InputError(message, code="request_too_large")
+
+
+def _check_count(count: int, limits: Limits) -> None:
+    if count == 0:
+        raise InputError("the list of images is empty", field="images", code="images_empty")
+    if count > limits.images:
+        message = f"{count} images are too many; at most {limits.images} are allowed"
+        raise InputError(message, field="images", code="images_too_many")
+
+
+def _load_json(data: bytes, what: str, field: str | None = None) -> Any:
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{what} is not UTF-8 text (byte {error.start})", field=field, code="text_invalid") from None
+    try:
+        return json.loads(text, object_pairs_hook=_distinct)
+    except json.JSONDecodeError as error:
+        message = f"{what} is not JSON: line {error.lineno}, column {error.colno}"
+        raise InputError(message, field=field, code="json_invalid") from None
+    except (ValueError, RecursionError):  # a number of thousands of digits, or thousands of brackets
+        raise InputError(f"{what} is not JSON that can be read", field=field, code="json_invalid") from None
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"the field {quote(twice)} is there twice", field=_short(twice), code="json_invalid")
+    return content
+
+
+def _form_value(name: str, value: bytes) -> Any:
+    """A form field as the JSON value it stands for."""
+    short = _short(name)
+    try:
+        text = value.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise InputError(f"{short} is not UTF-8 text (byte {error.start})", field=short, code="text_invalid") from None
+    if text[:1] in ("[", "{") and name in ("labels", "templates", "probe") and (name != "templates" or text[:1] == "["):
+        return _load_json(value, short, short)
+    if name == "labels":
+        return [label.strip() for label in text.split(",")] if text else []
+    if name == "templates":
+        return [text]
+    if name == "top_k" and re.fullmatch(r"-?\d{1,9}", text):
+        return int(text)
+    return text
+
+
+def _base64(text: str, field: str) -> bytes:
+    compact = (
+        "".join(text.removeprefix("data:image/").partition(";base64,")[2].split())
+        if text.startswith("data:")
+        else ("".join(text.split()))
+    )
+    try:
+        return base64.b64decode(compact, validate=True)
+    except (binascii.Error, ValueError):
+        raise InputError(f"{field} is not base64", field=field, code="base64_invalid") from None
+
+
+def _base64_or_error(text: str, field: str) -> bytes | PmgaftError:
+    try:
+        return _base64(text, field)
+    except PmgaftError as error:
+        return error
+
+
+_RIGHT = {
+    "image": "a string with the image file in base64",
+    "images": "a list of strings, each an image file in base64",
+    "labels": "a list of strings",
+    "templates": 'a list of strings such as "a photo of a {}."',
+    "top_k": "a whole number from 1 upwards",
+    "probe": 'an object such as {"eps": "1/255", "steps": 20}, or just "1/255"',
+    "eps": 'a number such as "1/255" or 0.0039',
+    "norm": '"linf"',
+    "steps": "a whole number from 1 upwards",
+    "restarts": "a whole number from 1 upwards",
+    "step_size": 'a number such as "0.25/255"',
+    "seed": "a whole number from 0 to 2147483647",
+}
+
+
+def _validate(raw: dict[str, Any]) -> RequestModel:
+    try:
+        return RequestModel.model_validate(raw)
+    except ValidationError as error:
+        # one mistake at a time: the first unknown field, else the first wrong one
+        mistakes = error.errors(include_url=False, include_context=False, include_input=False)
+        mistakes.sort(key=lambda mistake: mistake["type"] != "extra_forbidden")
+        raise _mistake(mistakes[0]["type"], mistakes[0]["loc"]) from None
+
+
+def _mistake(kind: str, where: tuple[int | str, ...]) -> InputError:
+    """One of pydantic's complaints in our words and codes."""
+    names = [part for part in where if isinstance(part, str)]
+    field = ".".join(_short(str(part)) for part in where)
+    if kind == "extra_forbidden":
+        known = ProbeModel.model_fields if names[0] == "probe" else RequestModel.model_fields
+        close = get_close_matches(names[-1][:40], known, 1)
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+        return InputError(f"unknown field {quote(names[-1])}; {hint}", field=field, code="field_unknown")
+    name = names[-1] if names[-1] in _RIGHT else names[0]
+    if name == "labels":
+        if len(where) > 1:
+            return InputError(f"label {int(where[1]) + 1} is not a string", field="labels", code="label_not_string")
+        return InputError("labels are missing: send a list of strings", field="labels", code="labels_missing")
+    codes = {
+        "templates": "template_invalid",
+        "image": "field_invalid",
+        "images": "field_invalid",
+        "probe": "field_invalid",
+    }
+    return InputError(f"{name} must be {_RIGHT[name]}", field=field, code=codes.get(name, f"{name}_invalid"))
+
+
+def _request(model: RequestModel, images: Sequence[bytes | PmgaftError], *, several: bool, limits: Limits) -> Request:
+    """Check everything that can be checked before an image is decoded."""
+    for name, texts in (("labels", model.labels), ("templates", model.templates)):
+        for text in texts:
+            if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+                raise InputError(f"{name} contain half a surrogate pair", field=name, code="text_invalid")
+    check_labels(model.labels, most=limits.labels, longest=limits.label_characters)
+    _check_templates(model, limits)
+    if not images:
+        raise InputError("the image is missing", field="image", code="image_missing")
+    probe = _probe_options(model.probe, limits) if model.probe is not None else None
+    if probe is not None and len(model.labels) < 2:
+        message = "a probe needs at least two labels: with one there is nothing to change the answer to"
+        raise InputError(message, field="labels", code="labels_too_few")
+    return Request(
+        images=tuple(images),
+        several=several,
+        labels=tuple(model.labels),
+        templates=tuple(model.templates),
+        top_k=model.top_k,
+        probe=probe,
+    )
+
+
+def _check_templates(model: RequestModel, limits: Limits) -> None:
+    if not model.templates:
+        raise InputError("at least one template is needed", field="templates", code="template_invalid")
+    if len(model.templates) > limits.templates:
+        message = f"{len(model.templates)} templates are too many; at most {limits.templates} are allowed"
+        raise InputError(message, field="templates", code="templates_too_many")
+    for template in model.templates:
+        if len(template) > limits.label_characters:
+            most = limits.label_characters
+            message = f"template {quote(template)} has {len(template)} characters; at most {most} are allowed"
+            raise InputError(message, field="templates", code="template_invalid")
+        fill(template, "")
+    if (texts := len(model.labels) * len(model.templates)) > limits.texts:
+        message = f"labels times templates make {texts:,} texts; at most {limits.texts:,} are allowed"
+        raise InputError(message, field="templates", code="texts_too_many")
+
+
+def _probe_options(model: ProbeModel, limits: Limits) -> ProbeOptions:
+    for name, value, most in (("steps", model.steps, limits.steps), ("restarts", model.restarts, limits.restarts)):
+        if value > most:
+            message = f"{name} {quote(value)} is too much; at most {most} are allowed"
+            raise ThreatError(message, field=f"probe.{name}", code=f"{name}_invalid")
+    threat = ThreatModel(norm=model.norm, eps=_radius(model.eps, "eps"))
+    step_size = None if model.step_size is None else _radius(model.step_size, "step_size")
+    if step_size == 0:
+        raise ThreatError("step_size must be above 0", field="probe.step_size", code="step_size_invalid")
+    return ProbeOptions(threat=threat, steps=model.steps, restarts=model.restarts, step_size=step_size, seed=model.seed)
+
+
+def _radius(value: str | float, name: str) -> float:
+    try:
+        return parse_eps(value)
+    except ThreatError as error:
+        message = error.message.replace("eps", name, 1)
+        raise ThreatError(message, field=f"probe.{name}", code=f"{name}_invalid") from None
+
+
+def _short(name: str) -> str:
+    """A field's name as far as it may be repeated to the client."""
+    return name if len(name) <= 40 else name[:40] + "..."
+
+
+def openapi(server: str = "http://127.0.0.1:8080") -> dict[str, Any]:
+    """The OpenAPI 3.1 document of this interface."""
+    models = [(RequestModel, "validation"), *((model, "serialization") for model in (Answer, Answers, ErrorAnswer))]
+    _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
+    schemas = definitions["$defs"]
+    schemas["ErrorBody"]["properties"]["code"]["enum"] = list(STATUS)
+    request = {"$ref": "#/components/schemas/RequestModel"}
+    answer = {"anyOf": [{"$ref": f"#/components/schemas/{name}"} for name in ("Answer", "Answers")]}
+    responses: dict[str, Any] = {
+        "200": {"description": "Ranked labels.", "content": {"application/json": {"schema": answer}}}
+    }
+    for status in sorted(set(STATUS.values())):
+        codes = [code for code, value in STATUS.items() if value == status]
+        content = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}}
+        responses[str(status)] = {"description": f"One of: {', '.join(codes)}.", "content": content}
+    form = {
+        "type": "object",
+        "required": ["labels"],
+        "properties": {
+            "image": {"type": "string", "contentMediaType": "image/*"},
+            "labels": {"type": "string", "description": "A JSON list, or labels separated by commas."},
+            "templates": {"type": "string", "description": "A JSON list, or one template."},
+            "top_k": {"type": "string", "pattern": r"^\d+$"},
+            "probe": {"type": "string", "description": 'A JSON object, or just an eps such as "1/255".'},
+        },
+        "patternProperties": {r"^image\.\d+$": {"type": "string", "contentMediaType": "image/*"}},
+        "additionalProperties": False,
+    }
+    body = {"application/json": {"schema": request}, "multipart/form-data": {"schema": form}}
+    operation = {
+        "summary": "Rank labels for a picture, and on request attack that answer.",
+        "operationId": "classify",
+        "requestBody": {"required": True, "content": body},
+        "responses": responses,
+        "security": [{}, {"token": []}],
+    }
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "pmgaft", "version": __version__},
+        "servers": [{"url": server}],
+        "paths": {PATH: {"post": operation}},
+        "components": {"schemas": schemas, "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+    }
