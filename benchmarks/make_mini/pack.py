@@ -1,0 +1,76 @@
+"""Writes the shipped files in half precision: the text tower once, and an image tower."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import click
+import open_clip
+import safetensors.torch
+import torch
+from image_tower import SCALE, fold, imagenet_classifier
+from open_clip.model import CLIP
+from torch import Tensor, nn
+
+PREPROCESS = {"size": 128, "mode": "RGB", "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
+
+
+def unfolded(trunk: nn.Module, folded: dict[str, Tensor]) -> None:
+    """Put what was trained folded back before BatchNorms with the original statistics."""
+    state = trunk.state_dict()
+    plain = imagenet_classifier()
+    order = [name for name, module in plain.named_modules() if isinstance(module, nn.Conv2d | nn.BatchNorm2d)]
+    for convolution, norm in zip(order[::2], order[1::2], strict=True):
+        scale = state[f"{norm}.weight"] / torch.sqrt(state[f"{norm}.running_var"] + plain.get_submodule(norm).eps)
+        state[f"{convolution}.weight"].copy_(folded[f"{convolution}.weight"] / scale[:, None, None, None])
+        state[f"{norm}.bias"].copy_(folded[f"{convolution}.bias"] + state[f"{norm}.running_mean"] * scale)
+
+
+@torch.no_grad()
+def assemble(work_dir: Path) -> nn.Module:
+    """mini: both towers in one open_clip model."""
+    model = CLIP(**json.loads((work_dir / "config.json").read_text())).eval()
+    model.load_state_dict(torch.load(work_dir / "text_tower.pt", weights_only=True), strict=False)
+    model.logit_scale.fill_(math.log(SCALE))
+    trained = torch.load(work_dir / "image_tower.pt", weights_only=True)
+    trunk = model.visual.trunk
+    original = imagenet_classifier().state_dict()
+    trunk.load_state_dict({name: original[name] for name in trunk.state_dict()})
+    unfolded(trunk, trained["trunk"])
+    model.visual.head.mlp.load_state_dict(trained["head"])
+
+    fold(whole := imagenet_classifier())
+    whole.load_state_dict(trained["trunk"])
+    pixels = torch.rand(2, 3, 128, 128) * 2 - 1
+    expected = whole.forward_head(whole.forward_features(pixels), pre_logits=True)
+    torch.testing.assert_close(trunk(pixels), expected, rtol=1e-3, atol=1e-3)
+    return model
+
+
+def halved(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: (v.half() if v.is_floating_point() else v).contiguous() for name, v in state.items()}
+
+
+@click.command()
+@click.option("--work-dir", type=click.Path(path_type=Path), help="Of the other steps: writes mini and the text tower.")
+@click.option("--run", type=click.Path(path_type=Path), help="A run of `pmgaft train`: writes mini-robust.")
+@click.option("--output-dir", required=True, type=click.Path(path_type=Path))
+def main(work_dir: Path | None, run: Path | None, output_dir: Path) -> None:
+    if work_dir is not None:
+        state = assemble(work_dir).state_dict()
+        visual = {name: value for name, value in state.items() if name.startswith("visual.")}
+        rest = {name: value for name, value in state.items() if name not in visual}
+        safetensors.torch.save_file(halved(visual), output_dir / "mini.safetensors")
+        safetensors.torch.save_file(halved(rest), output_dir / "text.safetensors")
+        config = {"model_cfg": json.loads((work_dir / "config.json").read_text()), "preprocess_cfg": PREPROCESS}
+        (output_dir / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if run is not None:
+        model = open_clip.create_model(f"local-dir:{run / 'model'}")
+        visual = {name: v for name, v in model.state_dict().items() if name.startswith("visual.")}
+        safetensors.torch.save_file(halved(visual), output_dir / "mini-robust.safetensors")
+
+
+if __name__ == "__main__":
+    main()
