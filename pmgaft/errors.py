@@ -115,3 +115,8 @@ def quote(text: object, limit: int = 40) -> str:
     """The first `limit` characters of `text`, in quotes, control characters escaped: for use in messages."""
     shown = str(text)
     return repr(shown if len(shown) <= limit else shown[:limit] + "...")
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, in one line of at most 200 characters: for use in messages."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -22,6 +22,7 @@ from pmgaft.errors import LabelsError, ModelError
 
 THEIRS = SimpleTokenizer(context_length=77)
 OURS = convert_tokenizer(THEIRS, 77)
+SHORT = convert_tokenizer(THEIRS, 16)
 
 ODD_TEXTS = [
     "",
@@ -89,7 +90,7 @@ def test_the_name_of_a_special_token_is_ordinary_text(text: str) -> None:
 
 
 def test_a_text_that_is_too_long_is_refused_not_cut() -> None:
-    tokenizer = convert_tokenizer(SimpleTokenizer(), 6)
+    tokenizer = convert_tokenizer(THEIRS, 6)
     assert len(tokenizer.ids(["one two three four"])[0]) == 6
     with pytest.raises(LabelsError, match="has 7 tokens; the model reads at most 6") as caught:
         tokenizer(["one", "one two three four five"])
@@ -164,7 +165,7 @@ TEXTS = ["cat", "a photo of a cat.", "an ugly photo of two cats"]
 @pytest.mark.parametrize("tower", list(TOWERS), ids=str)
 def test_features_are_open_clips_at_full_length(tower: str) -> None:
     model = built(**TOWERS[tower])
-    tokens = SimpleTokenizer(context_length=16)(TEXTS)
+    tokens = THEIRS(TEXTS, context_length=16)
     with torch.no_grad():
         expected = model.encode_text(tokens, normalize=True)
         features = TextTower(model)(tokens)
@@ -176,9 +177,9 @@ def test_features_are_open_clips_at_full_length(tower: str) -> None:
 def test_texts_get_open_clips_features_whatever_the_length_they_are_run_at(tower: str) -> None:
     model = built(**TOWERS[tower])
     text_tower = TextTower(model)
-    encoder = TextEncoder(convert_tokenizer(SimpleTokenizer(), 16), text_tower, text_tower.causal)
+    encoder = TextEncoder(SHORT, text_tower, text_tower.causal)
     with torch.no_grad():
-        expected = model.encode_text(SimpleTokenizer(context_length=16)(TEXTS), normalize=True)
+        expected = model.encode_text(THEIRS(TEXTS, context_length=16), normalize=True)
     assert torch.allclose(encoder.encode(TEXTS), expected, atol=1e-6)
     assert torch.allclose(encoder.encode(TEXTS, batch_size=1), expected, atol=1e-6)
 

@@ -30,7 +30,7 @@ from pmgaft.clip.image import PixelEncoder, freeze
 from pmgaft.clip.open_clip_text import TextTower, convert_tokenizer
 from pmgaft.clip.preprocess import PreprocessSpec
 from pmgaft.clip.text import TextEncoder, Tokenizer
-from pmgaft.errors import ModelError, quote
+from pmgaft.errors import ModelError, first_line, quote
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -204,7 +204,7 @@ def _from_directory(directory: Path) -> Built:
         with quietly():
             built = open_clip.create_model(name)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"the model in {directory} is damaged: {_first_line(error)}", field="model") from error
+        raise ModelError(f"the model in {directory} is damaged: {first_line(error)}", field="model") from error
     if (directory / TOKENIZER_FILE).is_file():
         tokenizer = Tokenizer.load(directory / TOKENIZER_FILE, _context_length(built))
     else:
@@ -217,7 +217,7 @@ def _from_hub(model: str) -> Built:
         with quietly():
             built = open_clip.create_model(model, require_pretrained=True)
     except Exception as error:  # the hub's client raises a wide family of its own
-        raise ModelError(f"{model} could not be fetched: {_first_line(error)}", field="model") from error
+        raise ModelError(f"{model} could not be fetched: {first_line(error)}", field="model") from error
     return built, _config_of(model, built), _open_clip_tokenizer(model, built)
 
 
@@ -242,7 +242,7 @@ def _from_name(model: str, tag: str | None, file: Path | None) -> Built:
         with quietly():
             built = open_clip.create_model(model, pretrained=tag, load_weights=tag is not None)
     except Exception as error:  # downloads fail in many ways
-        raise ModelError(f"{model} with {tag} could not be had: {_first_line(error)}", field="pretrained") from error
+        raise ModelError(f"{model} with {tag} could not be had: {first_line(error)}", field="pretrained") from error
     if file is not None:
         _put_into(built, file)
     return built, _config_of(model, built), _open_clip_tokenizer(model, built)
@@ -267,7 +267,7 @@ def _put_into(model: Any, file: Path) -> None:
         target.load_state_dict(state, strict=True)
     except RuntimeError as error:
         missing, unexpected = (sorted(names) for names in _differences(target.state_dict(), state))
-        example = f"missing {missing[:2]}, unexpected {unexpected[:2]}" if missing or unexpected else _first_line(error)
+        example = f"missing {missing[:2]}, unexpected {unexpected[:2]}" if missing or unexpected else first_line(error)
         raise ModelError(f"the weights in {file} do not fit this model: {example}", field="pretrained") from error
     if tensors_hash(target) == before:
         raise ModelError(f"the weights in {file} are those the model has already", field="pretrained")
@@ -293,7 +293,7 @@ def _read_weights(file: Path) -> State:
         message = f"{file} holds more than tensors, or is damaged; convert it to safetensors where you trust it"
         raise ModelError(message, field="pretrained") from error
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, SafetensorError, zipfile.BadZipFile) as error:
-        raise ModelError(f"{file} is not a readable weights file: {_first_line(error)}", field="pretrained") from error
+        raise ModelError(f"{file} is not a readable weights file: {first_line(error)}", field="pretrained") from error
     return _tensors_in(content, file)
 
 
@@ -321,7 +321,7 @@ def _open_clip_tokenizer(name: str, model: nn.Module) -> Tokenizer:
         with quietly():
             tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:  # downloads fail in many ways
-        raise ModelError(f"the tokenizer of {name} could not be had: {_first_line(error)}", field="model") from error
+        raise ModelError(f"the tokenizer of {name} could not be had: {first_line(error)}", field="model") from error
     return convert_tokenizer(tokenizer, _context_length(model))
 
 
@@ -369,7 +369,3 @@ def quietly() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

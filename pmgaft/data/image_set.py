@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from pmgaft.clip.text import DEFAULT_TEMPLATES
-from pmgaft.errors import DataError
+from pmgaft.errors import DataError, first_line
 
 Split = Literal["train", "test"]
 
@@ -114,7 +114,7 @@ def read_classes(folder: Path) -> list[dict[str, str]]:
     except FileNotFoundError as error:
         raise DataError(f"{folder} has no {CLASSES_FILE}, so its classes have no names") from error
     except (OSError, ValueError) as error:
-        raise DataError(f"{file} cannot be read: {error}") from error
+        raise DataError(f"{file} cannot be read: {first_line(error)}") from error
     entries = (
         [{"name": item} if isinstance(item, str) else item for item in content] if isinstance(content, list) else []
     )
@@ -135,7 +135,7 @@ def templates_for(name: str, folder: Path | None = None) -> tuple[str, ...]:
         try:
             own = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise DataError(f"{file} cannot be read: {error}") from error
+            raise DataError(f"{file} cannot be read: {first_line(error)}") from error
         if not isinstance(own, list) or not own or not all(isinstance(template, str) for template in own):
             raise DataError(f'{file} must be a list of templates such as "a photo of a {{}}."')
         return tuple(own)

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pmgaft.data.image_set import StoredImages, files_hash, read_class_names, templates_for
-from pmgaft.errors import DataError
+from pmgaft.errors import DataError, first_line
 
 
 def open_parquet(files: Sequence[Path], folder: Path) -> StoredImages:
@@ -37,10 +37,10 @@ def open_parquet(files: Sequence[Path], folder: Path) -> StoredImages:
 
 def _read(file: Path) -> pa.Table:
     try:
-        table = pq.read_table(file, columns=["image", "label"])
+        table = pq.read_table(file, columns=["image", "label"], partitioning=None)
         table = table.cast(pa.schema([("image", pa.large_binary()), ("label", pa.int64())]))
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise DataError(f"{file} is damaged or not of the form image, label: {error}") from error
+        raise DataError(f"{file} is damaged or not of the form image, label: {first_line(error)}") from error
     if table["image"].null_count or table["label"].null_count:
         raise DataError(f"{file} has rows without image or label")
     return table

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pmgaft.data.image_set import StoredImages, files_hash, read_class_names, templates_for
-from pmgaft.errors import DataError
+from pmgaft.errors import DataError, first_line
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 _LABEL = "cls"
@@ -75,7 +75,7 @@ def _samples(shard: Path) -> list[tuple[_Place, int]]:
                 elif kind.lower() == _LABEL:
                     labels[f"{folder}/{key}"] = _label(archive, member, shard)
     except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{shard} is not a readable tar file: {error}") from error
+        raise DataError(f"{shard} is not a readable tar file: {first_line(error)}") from error
     for key in images.keys() ^ labels.keys():
         missing = "label (.cls)" if key in images else "image"
         raise DataError(f"{shard}: sample {key.strip('/')} has no {missing}")

@@ -14,7 +14,7 @@ from urllib.parse import parse_qsl
 from PIL import Image
 
 from pmgaft.data.image_set import Split, StoredImages, templates_for
-from pmgaft.errors import DataError
+from pmgaft.errors import DataError, first_line
 
 PREFIX = "torchvision:"
 
@@ -72,14 +72,14 @@ def _construct(kind: Callable[..., Any], name: str, split: Split, root: Path, *,
         )
     else:
         choices = [{}]
-    problem: Exception | None = None
+    problem: Exception = RuntimeError()
     for choice in choices:
         try:
             return kind(**options, **choice)
         except (RuntimeError, FileNotFoundError, ValueError) as error:  # ValueError: no split of that name
-            problem = problem if isinstance(error, ValueError) and problem else error
+            problem = error
     hint = f"add ?root={root}&download=1 to fetch it" if "download" in known else "torchvision cannot fetch it"
-    raise DataError(f"torchvision's {name} is not ready in {root} ({str(problem).splitlines()[0]}); {hint}")
+    raise DataError(f"torchvision's {name} is not ready in {root} ({first_line(problem)}); {hint}")
 
 
 def _labels(dataset: Any) -> list[int]:
