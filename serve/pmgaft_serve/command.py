@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -209,7 +210,7 @@ def _ask(client: Client, images: tuple[Path, ...], question: Question, as_json: 
     failed, broken = 0, 0
     for image in images:
         try:
-            with step(f"{image.name}: {'classifying and probing' if question.probe else 'classifying'}"):
+            with step(f"probing {image.name}") if question.probe else nullcontext():
                 answer = client.classify(image, question)
         except (RefusedError, ImageError) as error:
             if len(images) == 1:

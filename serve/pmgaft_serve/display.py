@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.padding import Padding
 from rich.style import Style
 from rich.text import Text
 
@@ -19,7 +20,7 @@ def show(console: Console, title: str, answer: Answer) -> None:
     for prediction in answer.predictions:
         console.print(_row(prediction, min(width, 40)))
     if answer.probe is not None:
-        console.print(_verdict(answer.probe))
+        console.print(Padding(_verdict(answer.probe), (0, 0, 0, 2)))
     model, milliseconds = answer.model, answer.timing_ms["total"]
     console.print(Text(f"  {model.name}, {model.engine}, {milliseconds:.1f} ms", style="dim"))
 
@@ -49,4 +50,4 @@ def _row(prediction: Prediction, width: int) -> Text:
 
 
 def _verdict(probe: ProbeAnswer) -> Text:
-    return Text("  ").append(sentence(probe), Style(color=_VERDICTS[probe.verdict]))
+    return Text(sentence(probe), Style(color=_VERDICTS[probe.verdict]))

@@ -134,11 +134,11 @@ class ProbeModel(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    eps: str | float = Field("1/255", description="Largest change of a pixel, pixels lying in [0, 1].")
+    eps: str | int | float = Field("1/255", description="Largest change of a pixel, pixels lying in [0, 1].")
     norm: Literal["linf"] = "linf"
     steps: int = Field(20, ge=1)
     restarts: int = Field(1, ge=1)
-    step_size: str | float | None = Field(None, description="In the unit of eps; by default 2.5 eps / steps.")
+    step_size: str | int | float | None = Field(None, description="In the unit of eps; by default 2.5 eps / steps.")
     seed: int = Field(0, ge=0, le=2**31 - 1)
 
 
@@ -408,6 +408,8 @@ def _validate(raw: dict[str, Any]) -> RequestModel:
 
 def _mistake(kind: str, where: tuple[int | str, ...]) -> InputError:
     """One of pydantic's complaints in our words and codes."""
+    if kind != "extra_forbidden":
+        where = tuple(part for part in where if isinstance(part, int) or part in _RIGHT)  # without a union's branches
     names = [part for part in where if isinstance(part, str)]
     field = ".".join(_short(str(part)) for part in where)
     if kind == "extra_forbidden":
@@ -415,7 +417,7 @@ def _mistake(kind: str, where: tuple[int | str, ...]) -> InputError:
         close = get_close_matches(names[-1][:40], known, 1)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
         return InputError(f"unknown field {quote(names[-1])}; {hint}", field=field, code="field_unknown")
-    name = names[-1] if names[-1] in _RIGHT else names[0]
+    name = names[-1]
     if name == "labels":
         if len(where) > 1:
             return InputError(f"label {int(where[1]) + 1} is not a string", field="labels", code="label_not_string")
