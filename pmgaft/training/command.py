@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +42,7 @@ def train(
       pmgaft train pmg-aft --data photos/ --set model=mini --set attack.eps=2/255 --output-dir runs/photos
       pmgaft train pmg-aft --output-dir runs/photos --resume
     """
+    from pmgaft import console
     from pmgaft.device import pick_device
     from pmgaft.training.loop import train as run
     from pmgaft.training.recipe import load_recipe
@@ -48,14 +53,55 @@ def train(
     if dry_run or output_dir is None:
         click.echo(chosen.to_toml(), nl=False)
         return
-    try:
-        model = run(chosen, output_dir, device=pick_device(device), resume=resume, report=_tell)
-    except KeyboardInterrupt:
-        click.echo("stopped; the same command with --resume goes on from here", err=True)
-        raise
+    console.note(f"reading model {chosen.model} and data {chosen.data}")
+    with _Screen() as screen:
+        try:
+            model = run(chosen, output_dir, device=pick_device(device), resume=resume, report=screen.show)
+        except KeyboardInterrupt:
+            console.note("stopped after a whole step; the same command with --resume goes on from there")
+            raise
     click.echo(f"model   {model}\nreport  {output_dir / 'report.md'}")
 
 
-def _tell(event: str, figures: dict[str, Any]) -> None:
-    shown = " ".join(f"{k}={v:.5g}" if isinstance(v, float) else f"{k}={v}" for k, v in figures.items())
-    click.echo(f"{event}: {shown}", err=True)
+class _Screen(contextlib.ExitStack):
+    """What a run tells, for a person: a bar while it moves, a line for what stays."""
+
+    _SECONDS_BETWEEN_LINES = 10.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._advance: Callable[[int, str], None] | None = None
+        self._step = 0
+        self._said = time.monotonic()
+
+    def show(self, event: str, figures: dict[str, Any]) -> None:
+        """Called with every event of the run."""
+        from pmgaft import console
+
+        if event in ("start", "resume"):
+            self._step = figures.get("step", 0)
+            console.note(_RESOLVED.format(**figures) + (f", going on from step {self._step}" if self._step else ""))
+            self._advance = self.enter_context(console.progress("training", figures["steps"], "steps"))
+            self._advance(self._step, "")
+        elif event == "step" and self._advance is not None:
+            status = f"loss {figures['loss']:.4f}, {figures['images_per_second']:.1f} images/s"
+            self._advance(figures["step"] - self._step, status)
+            self._step = figures["step"]
+            self._line(f"step {self._step}: {status}")
+        elif event == "judged":
+            kept = ", best so far" if figures["best"] else ""
+            shares = f"clean {100 * figures['clean']:.1f} %, robust {100 * figures['robust']:.1f} %"
+            console.note(f"step {figures['step']}: held-out images {shares}{kept}")
+        elif event == "refused":
+            console.note(f"checkpoint refused: {figures['problem']}")
+
+    def _line(self, text: str) -> None:
+        """Where no bar is seen, now and then a line."""
+        from pmgaft import console
+
+        if not sys.stderr.isatty() and time.monotonic() - self._said >= self._SECONDS_BETWEEN_LINES:
+            console.note(text)
+            self._said = time.monotonic()
+
+
+_RESOLVED = "{model} on {device}; {data}: {images} images of {classes} classes, {held_out} held out"
