@@ -1,5 +1,6 @@
 """Each format computes the model's own function, at any batch size and text length, on any device."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pmgaft.clip.loading import Clip
+from pmgaft.clip.loading import Clip, load_clip, save_local_dir
+from pmgaft.clip.text import TextEncoder
 from pmgaft_export import formats
 from pmgaft_export.build import Encoders, prepare
 from pmgaft_export.formats import FORMATS, open_onnx, write_onnx
@@ -143,6 +145,22 @@ def test_the_onnx_graph_names_its_input_its_output_and_what_may_vary(
 def test_the_onnx_files_tell_nothing_of_the_machine_that_wrote_them(all_written: dict[str, dict[str, Path]]) -> None:
     for path in all_written["onnx"].values():
         assert b".py" not in path.read_bytes()
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_a_text_tower_that_is_not_causal_takes_the_whole_context(
+    tiny_vit_clip: Clip, tmp_path: Path, name: str
+) -> None:
+    config = copy.deepcopy(tiny_vit_clip.open_clip_config)
+    config["model_cfg"]["text_cfg"]["no_causal_mask"] = True
+    save_local_dir(tiny_vit_clip.open_clip_model, config, tmp_path / "model")
+    clip = load_clip(str(tmp_path / "model"))
+    assert not clip.text.causal
+    path = tmp_path / f"text{FORMATS[name].suffix}"
+    FORMATS[name].write(prepare(clip).text, path)
+    exported = TextEncoder(clip.tokenizer, FORMATS[name].open(path), causal=False)
+    assert largest(exported.encode(TEXTS) - clip.text.encode(TEXTS)) < 1e-5
+    assert largest(clip.text.encode(TEXTS) - tiny_vit_clip.text.encode(TEXTS)) > 1e-3
 
 
 def test_large_weights_go_to_a_second_file_beside_the_graph(

@@ -29,7 +29,7 @@ def bundle_for(name_or_path: str, progress: Callable[[str], None] = lambda step:
     path = Path(name_or_path)
     if (path / MANIFEST).is_file():
         return path
-    target = cache_directory() / f"{path.name}-{_key(model_files(name_or_path))}"
+    target = cache_directory() / f"{path.resolve().name}-{_key(model_files(name_or_path))}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not _is_whole(target):
