@@ -92,7 +92,7 @@ def test_a_body_over_the_limit_is_refused_before_it_is_read() -> None:
         assert refused.value.code == "request_too_large"
 
 
-@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda inner: st.lists(inner), max_leaves=5))
+@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists, max_leaves=5))
 def test_whatever_a_field_holds_the_answer_is_a_known_code(value: object) -> None:
     for name in ("image", "images", "labels", "templates", "top_k", "probe"):
         try:

@@ -195,7 +195,7 @@ def collect(directory: Path) -> str:
     return prometheus_client.generate_latest(registry).decode()
 
 
-def total(text: str, name: str, **labels: str) -> float:
+def total(text: str, name: str, /, **labels: str) -> float:
     """The sum of all samples of `name` in Prometheus' text format whose labels include these."""
     wanted = [f'{key}="{value}"' for key, value in labels.items()]
     lines = (line for line in text.splitlines() if re.match(rf"{re.escape(name)}[{{ ]", line))

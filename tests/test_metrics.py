@@ -1,0 +1,148 @@
+"""Every series is in the table, several processes are one, and nothing a client sends becomes a label."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from pmgaft_serve.metrics import SERIES, Exporter, Metrics, Pages, collect, eps_label, total
+
+WORKER = """
+import sys
+from pmgaft_serve.metrics import Metrics
+metrics = Metrics()
+metrics.count("pmgaft_requests_total", int(sys.argv[1]), outcome="ok", code="ok")
+metrics.observe("pmgaft_stage_seconds", 0.004, stage="image")
+metrics.set("pmgaft_in_flight_requests", 3)
+metrics.set("pmgaft_model_info", 1, name="m", bundle="b", engine="e", format="f", version="v")
+print("written", flush=True)
+sys.stdin.read()
+"""
+
+
+def start_worker(directory: Path, requests: int) -> subprocess.Popen[str]:
+    """A process that counts, and stays until its standard input is closed."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(requests)],
+        env=os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(directory)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "written\n"
+    return process
+
+
+def end(process: subprocess.Popen[str], *, kill: bool = False) -> None:
+    if kill:
+        process.kill()
+    process.communicate()
+
+
+@pytest.fixture
+def two_workers(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], subprocess.Popen[str]]]:
+    workers = start_worker(tmp_path, 2), start_worker(tmp_path, 5)
+    yield workers
+    for worker in workers:
+        if worker.returncode is None:
+            end(worker)
+
+
+def test_two_processes_metrics_are_summed_and_those_of_a_killed_one_stay(
+    tmp_path: Path, two_workers: tuple[subprocess.Popen[str], subprocess.Popen[str]]
+) -> None:
+    both = collect(tmp_path)
+    assert total(both, "pmgaft_requests_total", outcome="ok") == 7
+    assert total(both, "pmgaft_stage_seconds_bucket", stage="image", le="0.005") == 2
+    assert total(both, "pmgaft_in_flight_requests") == 6
+    assert total(both, "pmgaft_model_info") == 1
+    end(two_workers[0], kill=True)
+    later = collect(tmp_path)
+    assert total(later, "pmgaft_requests_total", outcome="ok") == 7
+    assert total(later, "pmgaft_in_flight_requests") == 3
+    assert total(later, "pmgaft_model_info") == 1
+
+
+def test_the_table_follows_prometheus_conventions() -> None:
+    assert len({series.name for series in SERIES}) == len(SERIES)
+    for series in SERIES:
+        assert re.fullmatch(r"pmgaft_[a-z_]+", series.name)
+        assert series.help.endswith(".")
+        assert series.name.endswith("_total") == (series.kind == "counter")
+        assert bool(series.buckets) == (series.kind == "histogram")
+        assert list(series.buckets) == sorted(series.buckets)
+        if series.unit == "seconds":
+            assert series.name.endswith("_seconds")
+
+
+def test_the_code_moves_exactly_the_series_of_the_table() -> None:
+    package = Path(collect.__code__.co_filename).parent
+    named = set()
+    for file in package.glob("*.py"):
+        if file.name not in ("metrics.py", "demo.py"):
+            named |= set(re.findall(r'(?:count|observe|set)\(\s*"(pmgaft_\w+)"', file.read_text()))
+    assert named == {series.name for series in SERIES}
+
+
+def test_any_eps_is_one_of_six_label_values() -> None:
+    values = {eps_label(step / 255 / 16) for step in range(255 * 16)}
+    assert values == {"0.5/255", "1/255", "2/255", "4/255", "8/255", "inf"}
+    assert eps_label(1 / 255) == "1/255"
+    assert eps_label(1.01 / 255) == "2/255"
+
+
+def test_an_unknown_series_or_label_is_a_mistake_in_the_code() -> None:
+    metrics = Metrics()
+    with pytest.raises(KeyError):
+        metrics.count("pmgaft_cats_total")
+    with pytest.raises(ValueError, match="label"):
+        metrics.count("pmgaft_requests_total", outcome="ok", cat="tabby")
+
+
+@pytest.fixture
+def torchserve_metrics() -> Iterator[str]:
+    """Something that answers like TorchServe's metrics address."""
+    pages = Pages(
+        directory=Path(),
+        torchserve_metrics="",
+        ready=lambda: True,
+        alive=lambda: True,
+        documents={"/theirs": "ts_inference_requests_total 4.0"},
+    )
+    exporter = Exporter("127.0.0.1", 0, pages)
+    yield f"http://127.0.0.1:{exporter.port}/theirs"
+    exporter.close()
+
+
+def pages_of(directory: Path, torchserve: str, *, ready: bool = True) -> Pages:
+    return Pages(directory=directory, torchserve_metrics=torchserve, ready=lambda: ready, alive=lambda: True)
+
+
+def test_one_scrape_gives_our_series_and_torchserves(tmp_path: Path, torchserve_metrics: str) -> None:
+    end(start_worker(tmp_path, 2))
+    exporter = Exporter("127.0.0.1", 0, pages_of(tmp_path, torchserve_metrics))
+    answer = httpx.get(f"http://127.0.0.1:{exporter.port}/metrics", trust_env=False)
+    exporter.close()
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    assert total(answer.text, "pmgaft_requests_total") == 2
+    assert "ts_inference_requests_total 4.0" in answer.text
+
+
+def test_our_series_are_there_without_torchserve(tmp_path: Path) -> None:
+    end(start_worker(tmp_path, 2))
+    status, _, text = pages_of(tmp_path, "http://127.0.0.1:1/metrics").page("/metrics")
+    assert status == 200
+    assert total(text, "pmgaft_requests_total") == 2
+
+
+def test_readiness_and_liveness_are_two_questions(tmp_path: Path) -> None:
+    pages = pages_of(tmp_path, "", ready=False)
+    assert pages.page("/healthz")[0] == 200
+    assert pages.page("/readyz")[0] == 503
+    assert pages.page("/etc/passwd")[0] == 404

@@ -1,0 +1,525 @@
+"""The service behind any front end, with encoders that can be followed by hand.
+
+The fake image encoder's feature of a picture is the direction of its mean colour; a label is a colour's name.
+"""
+
+import asyncio
+import io
+import json
+import runpy
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import prometheus_client
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pmgaft.clip.preprocess import PreprocessSpec
+from pmgaft.errors import PmgaftError
+from pmgaft.probe import ProbeReport, ProbeSettings
+from pmgaft.threat import ThreatModel
+from pmgaft_serve.metrics import Metrics, total
+from pmgaft_serve.protocol import Limits, ModelInfo, Prediction
+from pmgaft_serve.service import Batcher, Incoming, Model, Reply, Service, Settings, probe_answer
+
+T = TypeVar("T")
+HERE = Path(__file__).parent
+REQUESTS = runpy.run_path(str(HERE / "hostile" / "requests.py"))["CASES"]
+IMAGES = runpy.run_path(str(HERE / "hostile" / "images.py"))["CASES"]
+
+COLOURS = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0), "grey": (1.0, 1.0, 1.0)}
+POISON = (1, 2, 3)  # a picture of this colour makes the fake encoder fail
+
+
+def colour_png(colour: tuple[int, int, int]) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+RED, GREEN, BLUE = colour_png((200, 30, 30)), colour_png((30, 200, 30)), colour_png((30, 30, 200))
+
+
+class Encoder:
+    """Mean colours; records batch sizes, waits while `gate` is closed, and fails for poison."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
+        self.batches: list[int] = []
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        self.batches.append(len(pixels))
+        self.entered.set()
+        assert self.gate.wait(20)
+        means = pixels.mean(dim=(2, 3))
+        if ((means * 255).round() == torch.tensor(POISON)).all(dim=1).any():
+            raise RuntimeError("secret: /home/user/key")
+        return torch.nn.functional.normalize(means, dim=1)
+
+
+class Texts:
+    """Directions of colours by name; records what was encoded. Templates are not looked at."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, ...]] = []
+
+    def __call__(self, labels: Sequence[str], templates: Sequence[str]) -> Tensor:
+        self.calls.append(tuple(labels))
+        rows = [COLOURS.get(label, (0.3, 0.2, 0.1)) for label in labels]
+        return torch.nn.functional.normalize(torch.tensor(rows), dim=1)
+
+
+class Bench:
+    """A service over the fake encoders, with its metrics."""
+
+    def __init__(self, settings: Settings, draining: Callable[[], bool] = lambda: False) -> None:
+        self.encoder, self.gradient, self.texts = Encoder(), Encoder(), Texts()
+        self.metrics = Metrics()
+        model = Model(
+            info=ModelInfo(name="colours", bundle="sha256:0", engine="fake-cpu", format="fake"),
+            image=self.encoder,
+            gradient=self.gradient,
+            text=self.texts,
+            preprocess=PreprocessSpec(size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3),
+            logit_scale=10.0,
+        )
+        self.service = Service(model, settings, self.metrics, draining)
+
+    async def ask(self, image: bytes = RED, labels: str = "red,green,blue", **fields: str) -> Reply:
+        form = {"image": image, "labels": labels.encode()} | {name: text.encode() for name, text in fields.items()}
+        return await self.service.answer(Incoming(fields=form, content_type="multipart/form-data", request_id="id"))
+
+    def counted(self, name: str, /, **labels: str) -> float:
+        return total(prometheus_client.generate_latest(self.metrics.registry).decode(), name, **labels)
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Bench]]:
+    made: list[Bench] = []
+
+    def bench(draining: Callable[[], bool] = lambda: False, **settings: Any) -> Bench:
+        made.append(Bench(Settings(**settings), draining))
+        return made[-1]
+
+    yield bench
+    for one in made:
+        one.service.close()
+
+
+@pytest.fixture
+def bench(make: Callable[..., Bench]) -> Bench:
+    return make()
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(asyncio.wait_for(work, 30))
+
+
+def ask(bench: Bench, *arguments: Any, **fields: Any) -> Reply:
+    return run(bench.ask(*arguments, **fields))
+
+
+def content(reply: Reply) -> Any:
+    return json.loads(reply.body)
+
+
+def code(reply: Reply) -> str:
+    return str(content(reply)["error"]["code"])
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+# answers
+
+
+def test_the_answer_ranks_the_requests_labels(bench: Bench) -> None:
+    reply = ask(bench, RED)
+    answer = content(reply)
+    assert reply.status == 200
+    assert [prediction["label"] for prediction in answer["predictions"]] == ["red", "green", "blue"]
+    assert sum(prediction["probability"] for prediction in answer["predictions"]) == pytest.approx(1, abs=1e-5)
+    assert answer["model"] == {"name": "colours", "bundle": "sha256:0", "engine": "fake-cpu", "format": "fake"}
+    assert list(answer["timing_ms"]) == ["queue", "decode", "text", "image", "rank", "total"]
+    assert "alone" in answer["note"]
+    assert answer["request_id"] == "id"
+
+
+def test_probabilities_are_the_softmax_of_scaled_cosines(bench: Bench) -> None:
+    predictions = content(ask(bench, RED))["predictions"]
+    cosines = torch.tensor([prediction["similarity"] for prediction in predictions])
+    expected = (10 * cosines).softmax(dim=0)
+    assert [prediction["probability"] for prediction in predictions] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_equal_labels_keep_the_requests_order(bench: Bench) -> None:
+    answer = content(ask(bench, RED, "unknown one,unknown two,red"))
+    assert [prediction["label"] for prediction in answer["predictions"]] == ["red", "unknown one", "unknown two"]
+
+
+def test_top_k_cuts_the_list_and_not_the_softmax(bench: Bench) -> None:
+    whole = content(ask(bench, RED))["predictions"]
+    assert content(ask(bench, RED, top_k="2"))["predictions"] == whole[:2]
+    assert content(ask(bench, RED, top_k="99"))["predictions"] == whole
+
+
+def test_a_single_label_is_answered_with_a_note(bench: Bench) -> None:
+    answer = content(ask(bench, RED, "red"))
+    assert answer["predictions"][0]["probability"] == 1
+    assert "single label" in answer["note"]
+
+
+def test_a_known_label_is_not_encoded_again(bench: Bench) -> None:
+    ask(bench, RED, "red,green")
+    ask(bench, BLUE, "blue,red,green")
+    assert bench.texts.calls == [("red", "green"), ("blue",)]
+    assert bench.counted("pmgaft_label_cache_hits_total") == 2
+    assert bench.counted("pmgaft_label_cache_misses_total") == 3
+
+
+# batches
+
+
+def test_a_lone_request_waits_for_nobody_and_a_batch_forms_while_the_encoder_is_busy(bench: Bench) -> None:
+    async def scene() -> list[Reply]:
+        bench.encoder.gate.clear()
+        first = asyncio.create_task(bench.ask(RED))
+        await until(bench.encoder.entered.is_set)  # alone, and already running
+        others = [asyncio.create_task(bench.ask(GREEN)) for _ in range(5)]
+        await until(lambda: len(bench.service._batcher._waiting) == 5)
+        bench.encoder.gate.set()
+        return [await task for task in (first, *others)]
+
+    replies = run(scene())
+    assert bench.encoder.batches == [1, 5]
+    assert [content(reply)["predictions"][0]["label"] for reply in replies] == ["red", *["green"] * 5]
+
+
+def test_requests_with_unlike_labels_share_a_batch_and_get_what_they_would_get_alone(bench: Bench) -> None:
+    questions: list[dict[str, Any]] = [
+        {"image": RED, "labels": "red,green"},
+        {"image": GREEN, "labels": "grey,blue,green,red", "top_k": "2"},
+        {"image": BLUE, "labels": "blue", "templates": "a {}"},
+        {"image": RED, "labels": "blue,grey"},
+    ]
+    alone = [content(ask(bench, **question))["predictions"] for question in questions]
+
+    async def together() -> list[Reply]:
+        bench.encoder.gate.clear()
+        first = asyncio.create_task(bench.ask(GREEN))
+        await until(lambda: len(bench.encoder.batches) == 5)
+        tasks = [asyncio.create_task(bench.ask(**question)) for question in questions]
+        await until(lambda: len(bench.service._batcher._waiting) == 4)
+        bench.encoder.gate.set()
+        await first
+        return [await task for task in tasks]
+
+    replies = run(together())
+    assert bench.encoder.batches[-1] == 4
+    assert [content(reply)["predictions"] for reply in replies] == alone
+
+
+def test_a_bad_row_never_harms_its_neighbours(bench: Bench) -> None:
+    async def scene() -> list[Reply]:
+        bench.encoder.gate.clear()
+        first = asyncio.create_task(bench.ask(RED))
+        await until(bench.encoder.entered.is_set)
+        images = [RED, colour_png(POISON), GREEN, b"no image", BLUE]
+        tasks = [asyncio.create_task(bench.ask(image)) for image in images]
+        await until(lambda: len(bench.service._batcher._waiting) == 4)  # the one that is no image never gets there
+        bench.encoder.gate.set()
+        return [await task for task in (first, *tasks)]
+
+    replies = run(scene())
+    assert [reply.status for reply in replies] == [200, 200, 500, 200, 415, 200]
+    assert b"secret" not in replies[2].body
+
+
+def test_features_that_are_no_numbers_fail_their_row_alone() -> None:
+    def encode(rows: Tensor) -> Tensor:
+        return rows / rows  # 0 / 0
+
+    async def scene(batcher: Batcher) -> list[Any]:
+        rows = [torch.ones(2), torch.zeros(2), torch.ones(2)]
+        return await asyncio.gather(*(batcher(row) for row in rows), return_exceptions=True)
+
+    with ThreadPoolExecutor(1) as thread:
+        good, bad, also_good = run(scene(Batcher(encode, thread, 8, lambda size: None)))
+    assert isinstance(bad, PmgaftError)
+    assert torch.equal(good[0], torch.ones(2))
+    assert torch.equal(also_good[0], torch.ones(2))
+
+
+def test_a_corrupt_image_between_two_good_ones_is_answered_alone(bench: Bench) -> None:
+    fields = {"image.0": RED, "image.1": b"no image", "image.2": BLUE, "labels": b"red,blue"}
+    reply = run(bench.service.answer(Incoming(fields=fields, content_type="multipart/form-data")))
+    results = content(reply)["results"]
+    assert reply.status == 200
+    assert results[0]["predictions"][0]["label"] == "red"
+    assert results[1]["error"]["code"] == "image_invalid"
+    assert results[2]["predictions"][0]["label"] == "blue"
+    assert bench.counted("pmgaft_requests_total", outcome="partial") == 1
+
+
+def test_running_out_of_memory_with_a_batch_is_tried_again_in_halves() -> None:
+    def encode(rows: Tensor) -> Tensor:
+        if len(rows) > 2:
+            raise PmgaftError("full", code="out_of_memory")
+        return rows
+
+    async def scene(batcher: Batcher) -> list[tuple[Tensor, float]]:
+        return await asyncio.gather(*(batcher(torch.full((1,), float(n))) for n in range(7)))
+
+    with ThreadPoolExecutor(1) as thread:
+        found = run(scene(Batcher(encode, thread, 8, lambda size: None)))
+    assert [float(row) for row, _ in found] == list(range(7))
+
+
+# refusals
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_a_hostile_request_is_answered_and_so_is_the_next(bench: Bench, name: str) -> None:
+    content_type, fields, status, expected = REQUESTS[name]
+    reply = run(bench.service.answer(Incoming(fields=fields, content_type=content_type, request_id="id")))
+    assert (reply.status, code(reply)) == (status, expected)
+    assert content(reply)["request_id"] == "id"
+    assert ask(bench).status == 200
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_a_hostile_image_is_answered_and_so_is_the_next(bench: Bench, name: str) -> None:
+    data, status, expected = IMAGES[name]
+    reply = ask(bench, data)
+    assert reply.status == status
+    assert status == 200 or code(reply) == expected
+    assert ask(bench).status == 200
+
+
+def test_a_full_server_refuses_at_once_and_says_when_to_come_back(make: Callable[..., Bench]) -> None:
+    bench = make(requests=2)
+
+    async def scene() -> tuple[Reply, list[Reply]]:
+        bench.encoder.gate.clear()
+        inside = [asyncio.create_task(bench.ask()) for _ in range(2)]
+        await until(bench.encoder.entered.is_set)
+        refused = await bench.ask()
+        bench.encoder.gate.set()
+        return refused, [await task for task in inside]
+
+    refused, inside = run(scene())
+    assert (refused.status, code(refused)) == (503, "overloaded")
+    assert int(refused.headers["Retry-After"]) > 0
+    assert [reply.status for reply in inside] == [200, 200]
+    assert ask(bench).status == 200
+    assert bench.counted("pmgaft_rejected_total", reason="overloaded") == 1
+    assert bench.counted("pmgaft_in_flight_requests") == 0
+
+
+def test_a_draining_server_takes_nothing_new_and_finishes_what_it_took(make: Callable[..., Bench]) -> None:
+    draining = threading.Event()
+    bench = make(draining.is_set)
+
+    async def scene() -> tuple[Reply, Reply]:
+        bench.encoder.gate.clear()
+        inside = asyncio.create_task(bench.ask())
+        await until(bench.encoder.entered.is_set)
+        draining.set()
+        refused = await bench.ask()
+        bench.encoder.gate.set()
+        return refused, await inside
+
+    refused, inside = run(scene())
+    assert (refused.status, code(refused), inside.status) == (503, "draining", 200)
+    assert "Retry-After" in refused.headers
+
+
+@pytest.mark.parametrize("sent", [None, "", "Bearer", "Bearer wrong", "Bearer secret ", "secret", "Bearer s\u00e9cret"])
+def test_without_the_token_nobody_gets_in(make: Callable[..., Bench], sent: str | None) -> None:
+    bench = make(token="secret")
+    fields = {"image": RED, "labels": b"red,green"}
+    incoming = Incoming(fields=fields, content_type="multipart/form-data", authorization=sent)
+    reply = run(bench.service.answer(incoming))
+    assert (reply.status, code(reply)) == (401, "token_invalid")
+    right = Incoming(fields=fields, content_type="multipart/form-data", authorization="Bearer secret")
+    assert run(bench.service.answer(right)).status == 200
+
+
+def test_an_unforeseen_error_is_logged_and_not_told(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    reply = ask(bench, colour_png(POISON))
+    assert (reply.status, code(reply)) == (500, "internal")
+    assert b"secret" not in reply.body
+    assert "secret" in caplog.text
+    assert bench.counted("pmgaft_requests_total", outcome="failed", code="internal") == 1
+
+
+def test_limits_can_be_set(make: Callable[..., Bench]) -> None:
+    bench = make(limits=Limits(labels=2, request_bytes=1000))
+    assert code(ask(bench)) == "labels_too_many"
+    assert code(ask(bench, bytes(2000))) == "request_too_large"
+
+
+# probes
+
+
+def test_a_probe_that_breaks_the_answer_says_so_with_its_threat_model(bench: Bench) -> None:
+    nearly_green = colour_png((120, 118, 30))
+    answer = content(ask(bench, nearly_green, "red,green", probe="4/255"))
+    probe = answer["probe"]
+    assert answer["predictions"][0]["label"] == "red"
+    assert probe["verdict"] == "broken"
+    assert probe["adversarial"]["label"] == "green"
+    assert probe["threat_model"] == {"norm": "linf", "eps": "4/255", "eps_value": 4 / 255, "grid": "model-input"}
+    assert probe["attack"]["steps"] == 20
+    assert "linf, eps 4/255, model-input grid" in probe["statement"]
+    assert "probe" in answer["timing_ms"]
+    assert bench.counted("pmgaft_probes_total", verdict="broken", eps="4/255") == 1
+    assert bench.counted("pmgaft_probe_gradients_total") == probe["gradients"] > 0
+
+
+def test_a_probe_that_finds_nothing_claims_no_more_than_that(bench: Bench) -> None:
+    probe = content(ask(bench, RED, "red,green", probe="1/255"))["probe"]
+    assert probe["verdict"] == "not_broken"
+    assert "adversarial" not in probe
+    assert "found no image" in probe["statement"]
+    assert "others may exist" in probe["statement"]
+    for word in ("robust", "safe", "proven", "secure"):
+        assert word not in json.dumps(probe)
+
+
+def test_each_of_several_images_gets_its_own_probe(bench: Bench) -> None:
+    fields = {
+        "image.0": colour_png((120, 118, 30)),
+        "image.1": b"no image",
+        "image.2": RED,
+        "labels": b"red,green",
+        "probe": b"4/255",
+    }
+    results = content(run(bench.service.answer(Incoming(fields=fields, content_type="multipart/form-data"))))["results"]
+    assert results[0]["probe"]["verdict"] == "broken"
+    assert "probe" not in results[1]
+    assert results[2]["probe"]["verdict"] == "not_broken"
+
+
+def test_plain_requests_are_answered_beside_a_probe_and_one_probe_too_many_is_refused(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make(probes=1, probe_queue=1)
+
+    async def scene() -> tuple[Reply, Reply, list[Reply]]:
+        bench.gradient.gate.clear()
+        running = asyncio.create_task(bench.ask(probe="1/255"))
+        await until(bench.gradient.entered.is_set)
+        waiting = asyncio.create_task(bench.ask(probe="1/255"))
+        await until(lambda: bench.service._probing == 2)
+        plain = await bench.ask(GREEN)  # would never come back if the probe held it up
+        refused = await bench.ask(probe="1/255")
+        bench.gradient.gate.set()
+        return plain, refused, [await running, await waiting]
+
+    plain, refused, probed = run(scene())
+    assert plain.status == 200
+    assert (refused.status, code(refused)) == (429, "probe_busy")
+    assert int(refused.headers["Retry-After"]) > 0
+    assert [content(reply)["probe"]["verdict"] for reply in probed] == ["not_broken", "not_broken"]
+    assert bench.counted("pmgaft_rejected_total", reason="probe_busy") == 1
+
+
+def test_a_server_without_probes_says_so(make: Callable[..., Bench]) -> None:
+    reply = ask(make(probes=0), probe="1/255")
+    assert (reply.status, code(reply)) == (403, "probe_disabled")
+
+
+def test_a_failed_probe_gives_its_turn_back(make: Callable[..., Bench]) -> None:
+    bench = make(probes=1, probe_queue=0)
+    for _ in range(3):
+        assert code(ask(bench, b"no image", probe="1/255")) == "image_invalid"
+    assert ask(bench, probe="1/255").status == 200
+
+
+def test_memory_that_does_not_suffice_for_a_probe_is_no_verdict(bench: Bench) -> None:
+    def starve(pixels: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    object.__setattr__(bench.service.model, "gradient", starve)
+    reply = ask(bench, probe="1/255")
+    assert (reply.status, code(reply)) == (503, "out_of_memory")
+    assert "Retry-After" in reply.headers
+    assert ask(bench).status == 200
+
+
+def report(clean: int = 0, adversarial: int = 1, verdict: str = "broken") -> ProbeReport:
+    return ProbeReport(
+        verdict=verdict,  # type: ignore[arg-type]
+        reason=None,
+        settings=ProbeSettings(threat=ThreatModel(eps=1 / 255)),
+        clean_index=clean,
+        adversarial_index=adversarial,
+        probabilities_before=[0.6, 0.4],
+        probabilities_after=[0.4, 0.6],
+        distance=1 / 255,
+        gradients=20,
+        forwards=22,
+        seconds=0.1,
+        zero_gradient_share=0.0,
+        adversarial_pixels=torch.zeros(3, 8, 8),
+    )
+
+
+def prediction(label: str) -> Prediction:
+    return Prediction(label=label, probability=0.6, similarity=0.3)
+
+
+def test_an_image_that_breaks_one_encoder_and_not_the_served_one_is_no_break() -> None:
+    answer = probe_answer(report(), ["red", "green"], prediction("red"), prediction("red"))
+    assert answer.verdict == "inconclusive"
+    assert "not the engine that serves" in (answer.reason or "")
+    assert (answer.reason or "") in answer.statement
+
+
+def test_an_attack_on_another_answer_than_the_served_one_is_no_verdict() -> None:
+    for verdict in ("broken", "not_broken"):
+        answer = probe_answer(report(clean=1, verdict=verdict), ["red", "green"], prediction("red"), None)
+        assert answer.verdict == "inconclusive"
+        assert "'green'" in (answer.reason or "")
+
+
+# the worker
+
+
+def test_a_worker_imports_no_training_library() -> None:
+    script = (
+        "import sys; import pmgaft_serve.service, pmgaft_serve.handler;"
+        "print([name for name in ('open_clip', 'timm', 'torchvision', 'huggingface_hub') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_service_knows_no_front_end() -> None:
+    script = (
+        "import sys; import pmgaft_serve.service;"
+        "print([name for name in sys.modules if name.partition('.')[0] in ('ts', 'ray', 'fastapi')])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_warming_up_runs_every_encoder_and_counts_no_request(bench: Bench) -> None:
+    bench.service.warm_up()
+    assert bench.encoder.batches
+    assert bench.gradient.batches
+    assert bench.texts.calls == [("warm", "up")]
+    assert bench.counted("pmgaft_requests_total") == 0
+    assert bench.counted("pmgaft_model_info", name="colours", engine="fake-cpu") == 1
