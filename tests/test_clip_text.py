@@ -75,6 +75,14 @@ def test_cleaning_is_open_clips(text: str) -> None:
     assert clean_text(text, "canonicalize") == _clean_canonicalize(text)
 
 
+@pytest.mark.parametrize("clean", ["whitespace", "canonicalize"])
+@pytest.mark.parametrize("text", ["IT'S we'RE a Cat", "under_score, x-y."])
+def test_a_tokenizer_that_keeps_case_or_drops_punctuation_is_converted_too(clean: str, text: str) -> None:
+    theirs = SimpleTokenizer(clean=clean)
+    ours = convert_tokenizer(theirs, 77)
+    assert ours.ids([text])[0][1:-1] == theirs.encode(text)
+
+
 def test_ids_are_padded_with_zeros_as_in_open_clip() -> None:
     texts = ["cat", "a photo of a very small cat"]
     ours = OURS(texts)

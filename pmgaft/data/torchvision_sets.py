@@ -72,14 +72,16 @@ def _construct(kind: Callable[..., Any], name: str, split: Split, root: Path, *,
         )
     else:
         choices = [{}]
-    problem: Exception = RuntimeError()
+    hint = f"add ?root={root}&download=1 to fetch it" if "download" in known else "torchvision cannot fetch it"
     for choice in choices:
         try:
             return kind(**options, **choice)
-        except (RuntimeError, FileNotFoundError, ValueError) as error:  # ValueError: no split of that name
-            problem = error
-    hint = f"add ?root={root}&download=1 to fetch it" if "download" in known else "torchvision cannot fetch it"
-    raise DataError(f"torchvision's {name} is not ready in {root} ({first_line(problem)}); {hint}")
+        except ValueError:  # no split of that name
+            continue
+        except (RuntimeError, OSError) as error:
+            message = f"torchvision's {name} is not ready in {root} ({first_line(error)}); {hint}"
+            raise DataError(message) from error
+    raise DataError(f"torchvision's {name} has no {split} split")
 
 
 def _labels(dataset: Any) -> list[int]:
