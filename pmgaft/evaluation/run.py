@@ -7,7 +7,7 @@ attacked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pmgaft.attacks import Budget, cross_entropy_loss, misclassified, pgd
-from pmgaft.clip.image import PixelEncoder
+from pmgaft.clip.image import PixelEncoder, fold_batchnorm, freeze
 from pmgaft.threat import ThreatModel
 
 
@@ -23,7 +23,7 @@ from pmgaft.threat import ThreatModel
 class Protocol:
     """How images are attacked. With attack "none", clean answers are all there is.
 
-    Row i of a set has the attack seed `seed` + i, whatever batch it is in.
+    Image i of a set has the attack seed `seed` + i, whatever batch it is in and however many others are judged.
     """
 
     attack: Literal["none", "pgd"] = "pgd"
@@ -34,13 +34,15 @@ class Protocol:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcomes:
-    """One entry per image, in the set's order, on the CPU.
+    """One entry per image, in the order judged, on the CPU.
 
-    label, clean, adversarial: int64 [n] class indices; `adversarial` is the answer to the image that the attack
-    returned, computed anew from it, and equals `clean` where none was made. attacked, robust: bool [n]. finite: bool
-    [n], false where the attack met NaN or infinity. zero_gradient_share: float32 [n].
+    index: int64 [n], the image's number in its set. label, clean, adversarial: int64 [n], classes; `adversarial` is the
+    answer to the image that the attack returned, computed anew from it, and equals `clean` where none was made.
+    attacked, robust: bool [n]. finite: bool [n], false where the attack met NaN or infinity.
+    zero_gradient_share: float32 [n].
     """
 
+    index: Tensor
     label: Tensor
     clean: Tensor
     adversarial: Tensor
@@ -73,25 +75,45 @@ def judge(
     scale: float,
     batches: Batches,
     protocol: Protocol,
+    *,
+    indices: Sequence[int] | None = None,
     progress: Callable[[Outcomes], None] | None = None,
 ) -> Outcomes:
     """Answers of one encoder to one set.
 
     texts: unit features of the classes, float32 [K, D], K at least 2. batches: (pixels float32 [B, 3, H, W] in [0, 1],
-    labels int64 [B]), in the set's order. progress is told the outcomes of each batch.
+    labels int64 [B]). indices: the images' numbers in their set, in the order of the batches; None: 0, 1, 2 and so on.
+    progress is told the outcomes of each batch.
     """
     parts: list[Outcomes] = []
     done = 0
     for pixels, labels in batches:
-        parts.append(_judge_batch(encoder, texts, scale, pixels, labels, protocol, done))
+        following = range(done, done + len(labels))
+        numbers = [n if indices is None else indices[n] for n in following]
+        parts.append(_judge_batch(encoder, texts, scale, pixels, labels, protocol, numbers))
         done += len(labels)
         if progress:
             progress(parts[-1])
     return Outcomes.joined(parts)
 
 
+def attackable(encoder: PixelEncoder) -> PixelEncoder:
+    """A frozen copy that computes the same and is quick to differentiate: folded, channels last, nothing in place."""
+    copy = freeze(fold_batchnorm(encoder)).to(memory_format=torch.channels_last)
+    for module in copy.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False  # type: ignore[assignment]  # under autograd, in-place activations copy their input
+    return copy
+
+
 def _judge_batch(
-    encoder: PixelEncoder, texts: Tensor, scale: float, pixels: Tensor, labels: Tensor, protocol: Protocol, first: int
+    encoder: PixelEncoder,
+    texts: Tensor,
+    scale: float,
+    pixels: Tensor,
+    labels: Tensor,
+    protocol: Protocol,
+    numbers: Sequence[int],
 ) -> Outcomes:
     def logits_of(x: Tensor, rows: Tensor) -> Tensor:
         features: Tensor = encoder(x)
@@ -110,13 +132,14 @@ def _judge_batch(
             cross_entropy_loss(labels[rows]),
             threats=[protocol.threat] * len(rows),
             budgets=[protocol.budget] * len(rows),
-            seeds=[protocol.seed + first + row for row in rows.tolist()],
+            seeds=[protocol.seed + numbers[row] for row in rows.tolist()],
             success=misclassified(labels[rows]),
         )
         with torch.no_grad():
             adversarial[rows] = logits_of(found.pixels, rows).argmax(dim=1)
         finite[rows], zeros[rows] = found.finite, found.zero_gradient_share
     return Outcomes(
+        index=torch.tensor(numbers),
         label=labels.cpu(),
         clean=clean.cpu(),
         adversarial=adversarial.cpu(),

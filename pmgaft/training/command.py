@@ -33,8 +33,11 @@ def train(
 ) -> None:
     """Fine-tune a model's image encoder against adversarial images.
 
-    RECIPE is a TOML file, or the name of a shipped one: best, demo, mini-tinyimagenet, pmg-aft, release, tecoa,
-    vit-b32-imagenet, vit-b32-tinyimagenet.
+    RECIPE is a TOML file, or the name of a shipped one:
+
+    \b
+      demo, pmg-aft, best, tecoa, release, mini-tinyimagenet
+      vit-b32-tinyimagenet, vit-b32-imagenet
 
     \b
     Example:

@@ -32,6 +32,7 @@ from pmgaft.clip.image import PixelEncoder, fold_batchnorm, freeze, frozen_copy
 from pmgaft.clip.loading import Clip, load_clip, save_local_dir, tensors_hash
 from pmgaft.clip.text import label_features
 from pmgaft.data import ImageSet, loader, open_dataset
+from pmgaft.data.subset import Subset
 from pmgaft.errors import CheckpointError, InputError, PmgaftError, RecipeError
 from pmgaft.evaluation.run import Protocol, judge
 from pmgaft.objectives import OBJECTIVES
@@ -98,22 +99,6 @@ def _interrupts() -> Iterator[threading.Event]:
         yield event
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-class Subset:
-    """Some images of a set, in the given order."""
-
-    def __init__(self, whole: ImageSet, indices: Sequence[int]) -> None:
-        self.whole, self.indices = whole, indices
-        self.name, self.class_names, self.templates = whole.name, whole.class_names, whole.templates
-        self.hash = whole.hash
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def read(self, index: int) -> tuple[bytes, int]:
-        """The encoded image and its label."""
-        return self.whole.read(self.indices[index])
 
 
 def split(dataset: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
