@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from pmgaft.attacks import Budget
 from pmgaft.clip.image import PixelEncoder, fold_batchnorm, freeze, frozen_copy
 from pmgaft.clip.loading import Clip, load_clip, save_local_dir, tensors_hash
+from pmgaft.clip.preprocess import PreprocessSpec
 from pmgaft.clip.text import label_features
 from pmgaft.data import ImageSet, loader, open_dataset
 from pmgaft.data.subset import Subset
@@ -149,6 +150,8 @@ class _Run:
     def __init__(self, recipe: Recipe, directory: Path, device: torch.device, tell: Report) -> None:
         self.recipe, self.directory, self.device, self.tell = recipe, directory, device, tell
         self.clip = load_clip(recipe.model, recipe.pretrained, device)
+        self.guide = _guide(recipe, self.clip, device)
+        self.preprocess = _training_preprocess(recipe, self.clip)
         whole = open_dataset(recipe.data, "train")
         if len(whole.class_names) < 2:
             raise InputError(f"{recipe.data} has fewer than two classes; there is nothing to tell apart")
@@ -177,7 +180,7 @@ class _Run:
         prepare = fold_batchnorm if recipe.fold_batchnorm else copy.deepcopy
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         student: PixelEncoder = prepare(clip.image).eval().requires_grad_(True).to(memory_format=layout)
-        guide = frozen_copy(student)
+        guide = frozen_copy(prepare(self.guide.image)).to(memory_format=layout)
         for module in student.modules():
             if hasattr(module, "inplace"):
                 module.inplace = False  # type: ignore[assignment]  # under autograd, in-place activations copy their input first
@@ -212,6 +215,7 @@ class _Run:
         return {
             "model": self.clip.name,
             "model_hash": tensors_hash(self.clip.image),
+            "guide": self.guide.name,
             "data": self.training_set.name,
             "data_hash": self.training_set.hash,
             "classes": len(self.training_set.class_names),
@@ -313,7 +317,7 @@ class _Run:
         recipe = self.recipe
         batches = loader(
             dataset,
-            self.clip.preprocess,
+            self.clip.preprocess if judging else self.preprocess,
             batch_size=_JUDGE_BATCH if judging else recipe.batch,
             seed=recipe.seed,
             shuffle=not judging,
@@ -388,6 +392,30 @@ class _Run:
         assert isinstance(model.visual, nn.Module)
         model.visual.load_state_dict(encoder.tower.state_dict())
         save_local_dir(model, self.clip.open_clip_config, self.directory / "model", self.clip.tokenizer)
+
+
+def _guide(recipe: Recipe, clip: Clip, device: torch.device) -> Clip:
+    """Who guides. Its answers are read with the student's text features, so both must share one space."""
+    if recipe.guide is None:
+        return clip
+    guide = load_clip(recipe.guide, device=device)
+    if (guide.embed_dim, guide.preprocess) != (clip.embed_dim, clip.preprocess):
+        raise RecipeError(f"guide: {recipe.guide} has not the image size and feature space of {recipe.model}")
+    return guide
+
+
+@torch.no_grad()
+def _training_preprocess(recipe: Recipe, clip: Clip) -> PreprocessSpec:
+    """The model's own, but for the size that the recipe names."""
+    if recipe.image_size is None:
+        return clip.preprocess
+    size = (recipe.image_size, recipe.image_size)
+    try:
+        clip.image(torch.zeros(1, 3, *size, device=clip.image.mean.device))
+    except (RuntimeError, AssertionError):
+        height, width = clip.preprocess.size
+        raise RecipeError(f"image_size: the tower of {recipe.model} takes {height} x {width} pixels alone") from None
+    return replace(clip.preprocess, size=size)
 
 
 def _differing(one: Recipe, other: Recipe) -> list[str]:

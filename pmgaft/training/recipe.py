@@ -87,6 +87,8 @@ class Recipe(_Section):
     """A shipped model, an open_clip name, "hf-hub:...", "local-dir:...", or a run."""
     pretrained: str | None = None
     """Tag or file of weights, where the model's name needs one."""
+    guide: str | None = None
+    """The frozen model that guides, as in `model`; left out: `model` itself as it is at the start."""
     data: str
     """The training set: a path, or a name (see pmgaft.data)."""
     train_templates: list[str] | None = None
@@ -116,6 +118,9 @@ class Recipe(_Section):
     ema: Share | None = None
     """Decay per step of a running mean of the weights, which is then what is judged and kept."""
 
+    image_size: Annotated[int, Field(ge=16, le=1024)] | None = None
+    """Side in pixels of the pictures trained on, for towers that take any; left out: the model's own. The model's own
+    is what the hold-out part is judged at."""
     augment: Literal["none", "crop-flip", "crop-flip-blur"] = "none"
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that decode images; 0 decodes in the training process."""
