@@ -9,7 +9,7 @@ with its weight. Terms are per sample: [n], and a batch that is processed in par
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -163,4 +163,3 @@ def finetune(weights: Weights) -> Objective:
 
 
 OBJECTIVES: Mapping[str, Callable[[Weights], Objective]] = {"pmg-aft": pmg_aft, "tecoa": tecoa, "finetune": finetune}
-ENCODINGS: tuple[Encoding, ...] = get_args(Encoding)

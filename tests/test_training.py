@@ -9,6 +9,7 @@ import math
 import os
 import signal
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -485,6 +486,15 @@ def test_the_checkpoint_that_holds_out_images_judge_best_becomes_the_model(
     assert [event["best"] for event in judged] == [
         score > max(scores[:i], default=-1) for i, score in enumerate(scores)
     ]
+
+
+def test_rate_and_eps_follow_their_schedules_in_a_run(tiny_vit_clip_dir: Path, shards: Path, tmp_path: Path) -> None:
+    attack = {"eps": "2/255", "ramp": 0.5}
+    run(recipe(tiny_vit_clip_dir, shards, epochs=2, lr=0.01, warmup=0.25, attack=attack), tmp_path / "run")
+    steps = [event for event in log_of(tmp_path / "run") if event["event"] == "step"]
+    assert [255 * s["eps"] for s in steps] == pytest.approx([0.25, 0.75, 1.25, 1.75, 2, 2, 2, 2])
+    assert [s["lr"] for s in steps[:2]] == pytest.approx([0.0025, 0.0075])
+    assert all(one["lr"] > other["lr"] for one, other in pairwise(steps[2:]))
 
 
 def test_held_out_images_are_never_trained_on(shards: Path) -> None:
