@@ -42,7 +42,7 @@ def test_a_model_agrees_with_itself_exactly(eager: Reference) -> None:
     found = measure(eager, image, text)
     assert found == Parity(batches=BATCHES, image_difference=0.0, text_difference=0.0, top1_agreement=1.0)
     enforce("same", found)
-    gradient = measure_gradient(eager, image, "image.pt")
+    gradient = measure_gradient(eager, image, image, "image.pt")
     assert (gradient.image_difference, gradient.gradient_difference) == (0.0, 0.0)
     enforce_gradient(gradient)
 
@@ -88,14 +88,14 @@ def test_another_best_text_is_refused_and_a_tie_is_not(eager: Reference) -> None
     ids=["none", "twice as long", "one channel lost"],
 )
 def test_right_features_with_a_wrong_input_gradient_are_refused(eager: Reference, gradient: Encode) -> None:
-    found = measure_gradient(eager, gradient, "image.pt")
+    found = measure_gradient(eager, image, gradient, "image.pt")
     assert found.image_difference < 1e-6
     with pytest.raises(ParityError, match=r"image.pt: input gradient"):
         enforce_gradient(found)
 
 
 def test_a_gradient_twice_as_long_is_off_by_its_length(eager: Reference) -> None:
-    found = measure_gradient(eager, lambda pixels: image(2 * pixels - pixels.detach()), "image.pt")
+    found = measure_gradient(eager, image, lambda pixels: image(2 * pixels - pixels.detach()), "image.pt")
     assert found.gradient_difference == pytest.approx(1.0, abs=1e-4)
 
 

@@ -156,7 +156,8 @@ def prepare(clip: Clip) -> Encoders:
 def _write_differentiable(encoders: Encoders, directory: Path) -> DifferentiableEntry:
     path = _encoder_path(directory, "torchscript", "image")
     write_torchscript(encoders.image, path)
-    found = measure_gradient(encoders.eager, load_torchscript(path), path.relative_to(directory).as_posix())
+    entry = path.relative_to(directory).as_posix()
+    found = measure_gradient(encoders.eager, encoders.image.module, load_torchscript(path), entry)
     enforce_gradient(found)
     return found
 
