@@ -87,9 +87,7 @@ CASES: dict[str, Case] = {
     "the same label in capitals": request(422, "labels_duplicate", labels=["cat", "CAT "]),
     "10,000 labels": request(422, "labels_too_many", labels=[str(n) for n in range(10_000)]),
     "a label of 10,000 characters": request(422, "label_too_long", labels=["cat", "x" * 10_000]),
-    "half a surrogate pair": body(
-        f'{{"image": "{IMAGE}", "labels": ["\\ud800", "b"]}}'.encode(), 400, "text_invalid"
-    ),
+    "half a surrogate pair": body(f'{{"image": "{IMAGE}", "labels": ["\\ud800", "b"]}}'.encode(), 400, "text_invalid"),
     "labels of a form that are not UTF-8": form(400, "text_invalid", labels=b"caf\xe9"),
     "labels of a form that are broken JSON": form(400, "json_invalid", labels=b'["cat", '),
     # templates
