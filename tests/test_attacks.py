@@ -321,7 +321,7 @@ def test_a_row_without_finite_gradients_says_so_and_its_neighbour_does_not_care(
             logits_of,
             x,
             cross_entropy_loss(labels),
-            [linf(0.1)] * 2,
+            [ThreatModel(norm="l2", eps=0.1), linf(0.1)],
             [Budget()] * 2,
             range(2),
             success=misclassified(labels),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pmgaft.attacks import Budget
 from pmgaft.clip.image import PixelEncoder, fold_batchnorm, freeze, frozen_copy
-from pmgaft.clip.loading import Clip, load_clip
+from pmgaft.clip.loading import Clip, load_clip, save_local_dir
 from pmgaft.data import open_dataset
 from pmgaft.errors import CheckpointError, InputError, PmgaftError, RecipeError
 from pmgaft.objectives import Weights, finetune, pmg_aft
@@ -495,6 +495,31 @@ def test_rate_and_eps_follow_their_schedules_in_a_run(tiny_vit_clip_dir: Path, s
     assert [255 * s["eps"] for s in steps] == pytest.approx([0.25, 0.75, 1.25, 1.75, 2, 2, 2, 2])
     assert [s["lr"] for s in steps[:2]] == pytest.approx([0.0025, 0.0075])
     assert all(one["lr"] > other["lr"] for one, other in pairwise(steps[2:]))
+
+
+def test_another_model_may_guide(tiny_vit_clip: Clip, tiny_vit_clip_dir: Path, shards: Path, tmp_path: Path) -> None:
+    """As itself it agrees with the student at first; as another it does not."""
+    other = copy.deepcopy(tiny_vit_clip.open_clip_model)
+    with torch.no_grad():
+        for parameter in other.get_submodule("visual").parameters():
+            parameter.mul_(1.1)
+    save_local_dir(other, tiny_vit_clip.open_clip_config, tmp_path / "guide")
+    said = []
+    for name, guide in (("same", tiny_vit_clip_dir), ("other", tmp_path / "guide")):
+        what = recipe(tiny_vit_clip_dir, shards, epochs=None, steps=1, guide=f"local-dir:{guide}")
+        run(what, tmp_path / name)
+        said.append(next(event["loss_guide_adv"] for event in log_of(tmp_path / name) if event["event"] == "step"))
+    assert said[0] == pytest.approx(0, abs=1e-5)
+    assert said[1] > 1e-3
+
+
+def test_training_pictures_may_have_another_size_where_the_tower_takes_it(
+    tiny_clip_dir: Path, tiny_vit_clip_dir: Path, shards: Path, tmp_path: Path
+) -> None:
+    run(recipe(tiny_clip_dir, shards, epochs=None, steps=1, image_size=24), tmp_path / "run")
+    assert load_clip(str(tmp_path / "run")).preprocess.size == (32, 32)
+    with pytest.raises(RecipeError, match="32 x 32 pixels alone"):
+        run(recipe(tiny_vit_clip_dir, shards, epochs=None, steps=1, image_size=24), tmp_path / "no")
 
 
 def test_held_out_images_are_never_trained_on(shards: Path) -> None:

@@ -293,7 +293,7 @@ def _unit_noise(shape: Sequence[int], generator: torch.Generator, *, l2: bool) -
         return torch.rand(tuple(shape), generator=generator, device=generator.device) * 2 - 1
     direction = torch.randn(tuple(shape), generator=generator, device=generator.device)
     radius: Tensor = torch.rand((), generator=generator, device=generator.device) ** (1 / direction.numel())
-    return direction * (radius / torch.linalg.vector_norm(direction))
+    return direction / _l2_norm(direction[None])[0] * radius
 
 
 def _seed(seed: int, restart: int) -> int:

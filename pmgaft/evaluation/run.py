@@ -99,11 +99,15 @@ def judge(
 
 def attackable(encoder: PixelEncoder) -> PixelEncoder:
     """A frozen copy that computes the same and is quick to differentiate: folded, channels last, nothing in place."""
-    copy = freeze(fold_batchnorm(encoder)).to(memory_format=torch.channels_last)
-    for module in copy.modules():
+    return nothing_in_place(freeze(fold_batchnorm(encoder)).to(memory_format=torch.channels_last))
+
+
+def nothing_in_place(encoder: PixelEncoder) -> PixelEncoder:
+    """The same encoder, its activations out of place: in place they copy their input first wherever autograd is on."""
+    for module in encoder.modules():
         if hasattr(module, "inplace"):
-            module.inplace = False  # type: ignore[assignment]  # under autograd, in-place activations copy their input
-    return copy
+            module.inplace = False  # type: ignore[assignment]
+    return encoder
 
 
 def _judge_batch(

@@ -35,7 +35,7 @@ from pmgaft.clip.text import label_features
 from pmgaft.data import ImageSet, loader, open_dataset
 from pmgaft.data.subset import Subset
 from pmgaft.errors import CheckpointError, InputError, PmgaftError, RecipeError
-from pmgaft.evaluation.run import Protocol, judge
+from pmgaft.evaluation.run import Protocol, judge, nothing_in_place
 from pmgaft.objectives import OBJECTIVES
 from pmgaft.threat import ThreatModel
 from pmgaft.training.checkpoint import (
@@ -179,11 +179,8 @@ class _Run:
         recipe = self.recipe
         prepare = fold_batchnorm if recipe.fold_batchnorm else copy.deepcopy
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        student: PixelEncoder = prepare(clip.image).eval().requires_grad_(True).to(memory_format=layout)
+        student = nothing_in_place(prepare(clip.image).eval().requires_grad_(True).to(memory_format=layout))
         guide = frozen_copy(prepare(self.guide.image)).to(memory_format=layout)
-        for module in student.modules():
-            if hasattr(module, "inplace"):
-                module.inplace = False  # type: ignore[assignment]  # under autograd, in-place activations copy their input first
         class_names = self.training_set.class_names
         templates = recipe.train_templates or self.training_set.templates
         texts = label_features(clip.text.encode, class_names, templates)

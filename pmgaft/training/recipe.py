@@ -123,7 +123,7 @@ class Recipe(_Section):
     is what the hold-out part is judged at."""
     augment: Literal["none", "crop-flip", "crop-flip-blur"] = "none"
     workers: Annotated[int, Field(ge=0)] = 0
-    """Processes that decode images; 0 decodes in the training process."""
+    """Threads that decode images ahead; 0 decodes between the steps."""
     channels_last: bool = True
     fold_batchnorm: bool = True
     """Train towers with BatchNorm in folded form (same function, faster); written back into the original form."""
