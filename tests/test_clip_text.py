@@ -36,6 +36,7 @@ ODD_TEXTS = [
     "猫の写真 고양이 кошка قطة חתול แมว बिल्ली",
     "🐈 👩‍👩‍👧‍👦 🇩🇪 ☃️ 👍🏽",
     "&lt;b&gt; &amp;amp; &eacute; &#39;s &#x1F600; AT&T R&D",
+    "&amp;amp;amp; <b> &amp;amp;lt;i&amp;gt;",
     "donâ€™t â€œquoteâ€\x9d schÃ¶n",
     "“curly” ‘quotes’ — dashes… ﬁ ligature",
     "zero\u200bwidth non\u00a0breaking soft\u00adhyphen \ufeffbom \u2028line",
