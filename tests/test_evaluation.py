@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -12,7 +13,7 @@ import torch
 from click.testing import CliRunner, Result
 from torch import Tensor, nn
 
-from pmgaft.attacks import Budget
+from pmgaft.attacks import Adversarial, Budget, pgd
 from pmgaft.cli import main
 from pmgaft.clip.image import PixelEncoder
 from pmgaft.clip.loading import Clip, tensors_hash
@@ -109,6 +110,22 @@ def test_outcomes_do_not_depend_on_batches(tiny_clip: Clip) -> None:
         assert parts.index.tolist() == list(range(9))
         assert torch.equal(parts.robust, whole.robust)
         assert torch.equal(parts.adversarial, whole.adversarial)
+
+
+def test_an_images_attack_seed_is_its_number_in_the_set_whatever_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def noted(*args: Any, **options: Any) -> Adversarial:
+        seen.extend(options["seeds"])
+        return pgd(*args, **options)
+
+    monkeypatch.setattr("pmgaft.evaluation.run.pgd", noted)
+    pixels, labels = grey(0.1, 0.9, 0.2, 0.3, 0.4), torch.zeros(5, dtype=torch.int64)
+    for size in (5, 2):
+        seen.clear()
+        batches = zip(torch.split(pixels, size), torch.split(labels, size), strict=True)
+        judge(brightness(), TEXTS, 10.0, batches, protocol(0.01), indices=[7, 11, 13, 17, 19])
+        assert seen == [8, 14, 18, 20]  # the seed of the protocol is 1; number 11 is wrong when clean
 
 
 def test_the_quick_copy_computes_the_same_and_leaves_the_model_alone(tiny_clip: Clip) -> None:
