@@ -206,6 +206,25 @@ def test_a_lone_request_waits_for_nobody_and_a_batch_forms_while_the_encoder_is_
     assert [content(reply)["predictions"][0]["label"] for reply in replies] == ["red", *["green"] * 5]
 
 
+def test_a_lone_request_sets_no_timer(bench: Bench) -> None:
+    timers: list[float] = []
+
+    async def scene() -> Reply:
+        loop = asyncio.get_running_loop()
+        call_at = loop.call_at
+
+        def note(when: float, *arguments: Any, **options: Any) -> asyncio.TimerHandle:
+            timers.append(when)
+            return call_at(when, *arguments, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "call_at", note)  # asyncio.sleep and timeouts come here
+            return await bench.ask()
+
+    assert run(scene()).status == 200
+    assert timers == []
+
+
 def test_requests_with_unlike_labels_share_a_batch_and_get_what_they_would_get_alone(bench: Bench) -> None:
     questions: list[dict[str, Any]] = [
         {"image": RED, "labels": "red,green"},

@@ -180,7 +180,10 @@ class Batcher:
             batch = [self._waiting.popleft() for _ in range(min(self._most, len(self._waiting)))]
             self._on_batch(len(batch))
             start = time.perf_counter()
-            results = await loop.run_in_executor(self._thread, self._encode_all, [row for row, _, _ in batch])
+            try:
+                results = await loop.run_in_executor(self._thread, self._encode_all, [row for row, _, _ in batch])
+            except Exception as error:  # the thread is gone: nobody may wait for ever
+                results = [error] * len(batch)
             for (_, future, arrived), result in zip(batch, results, strict=True):
                 if future.done():
                     continue  # its request was given up
