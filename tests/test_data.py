@@ -221,6 +221,11 @@ def write_tar(path: Path, samples: dict[str, bytes]) -> None:
             archive.addfile(member, io.BytesIO(content))
 
 
+def _cut_last_member(path: Path) -> None:
+    write_tar(path, {"7.cls": b"1", "7.png": b"x" * 5000})
+    path.write_bytes(path.read_bytes()[:4000])
+
+
 @pytest.fixture
 def tars(tmp_path: Path) -> Path:
     """Two shards of three samples each, in different spellings, with classes.json."""
@@ -261,6 +266,10 @@ def test_one_shard_is_a_set_too(tars: Path) -> None:
     [
         (lambda d: (d / "shards-001.tar").unlink(), r"no file .*shards-001\.tar"),
         (lambda d: (d / "shards-001.tar").write_bytes(b"x" * 600), r"shards-001\.tar is not a readable tar"),
+        (
+            lambda d: _cut_last_member(d / "shards-001.tar"),
+            r"shards-001\.tar is not a readable tar file: unexpected end",
+        ),
         (lambda d: write_tar(d / "shards-001.tar", {"7.png": flat(7)}), r"sample 7 has no label \(\.cls\)"),
         (lambda d: write_tar(d / "shards-001.tar", {"7.cls": b"1"}), "sample 7 has no image"),
         (lambda d: write_tar(d / "shards-001.tar", {"7.png": flat(7), "7.cls": b"cat"}), r"7\.cls holds 'cat'"),
@@ -464,11 +473,24 @@ def test_a_damaged_image_is_named_with_its_set(workers: int) -> None:
         take(1, dataset, batch_size=4, workers=workers)
 
 
-def test_a_loader_that_is_left_early_leaves_no_thread_behind(shards: Path) -> None:
-    batches = loader(open_dataset(str(shards)), SPEC, batch_size=2, workers=2)
+def test_a_loader_that_is_left_early_stops_reading_ahead() -> None:
+    gate, read = threading.Event(), []
+
+    def encoded(index: int) -> bytes:
+        if index >= 5:
+            gate.wait(timeout=30)
+        read.append(index)
+        return flat(0)
+
+    dataset = StoredImages(
+        name="slow", class_names=("a",), templates=("{}",), labels=[0] * 50, encoded=encoded, fingerprint=str
+    )
+    batches = loader(dataset, SPEC, batch_size=5, workers=2)
     next(batches)
     batches.close()  # type: ignore[attr-defined]
+    gate.set()
     for thread in threading.enumerate():
         if thread.name.startswith("pmgaft-loader"):
             thread.join(timeout=30)
             assert not thread.is_alive()
+    assert len(read) <= 5 + 2

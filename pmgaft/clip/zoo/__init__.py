@@ -23,7 +23,7 @@ HERE = Path(__file__).parent
 
 @contextmanager
 def local_dir(name: str) -> Iterator[Path]:
-    """A temporary directory with the shipped model `name` in open_clip's local-dir form, single precision.
+    """A temporary directory with the shipped model `name` in open_clip's local-dir form.
 
     Raises: ModelError if one is missing.
     """
@@ -32,8 +32,7 @@ def local_dir(name: str) -> Iterator[Path]:
         if not file.is_file():
             raise ModelError(f"the shipped model {name} is incomplete: {file} is missing", field="model")
     image, text, config = files
-    tensors = safetensors.torch.load_file(image) | safetensors.torch.load_file(text)
-    state = {key: value.float() if value.is_floating_point() else value for key, value in tensors.items()}
+    state = safetensors.torch.load_file(image) | safetensors.torch.load_file(text)
     with tempfile.TemporaryDirectory(prefix="pmgaft-zoo-") as directory:
         safetensors.torch.save_file(state, Path(directory) / "open_clip_model.safetensors")
         shutil.copy(config, directory)
