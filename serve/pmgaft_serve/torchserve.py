@@ -420,17 +420,18 @@ def serving(options: ServeOptions, on_progress: Callable[[str], None] = lambda s
     java = find_java()
     state = Path(tempfile.mkdtemp(prefix="pmgaft-"))  # a short name: a socket's path has some 100 bytes at most
     server = Server(options, java, state)
+    keep = False
     try:
         server.wait_until_ready(on_progress)
-    except BaseException:
-        server.stop()
-        raise
-    try:
         yield server
         server.drain()
+    except ServerError:
+        keep = True  # its message names the log
+        raise
     finally:
         server.stop()
-    shutil.rmtree(state, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(state, ignore_errors=True)
 
 
 # 1 x 1 pixel, grey
