@@ -109,10 +109,13 @@ def _serve(options: ServeOptions, name: str) -> None:
 
     from .torchserve import serving
 
-    started, stop = threading.Event(), threading.Event()
+    started, stop, hurry = threading.Event(), threading.Event(), threading.Event()
 
     def on_signal(number: int, frame: object) -> None:
-        if stop.is_set() or not started.is_set():  # nobody is served yet, or a second time: do not wait
+        if hurry.is_set():
+            return  # everything is being ended already; let it finish
+        if stop.is_set() or not started.is_set():  # a second time, or nobody is served yet: do not wait
+            hurry.set()
             raise KeyboardInterrupt
         stop.set()
 
