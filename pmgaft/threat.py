@@ -26,9 +26,7 @@ def parse_eps(value: str | float, norm: Norm = "linf") -> float:
     if not math.isfinite(eps) or eps < 0:
         raise _eps_error(f"eps must be a number from 0 upwards, such as 1/255, not {quote(value)}")
     if norm == "linf" and eps > 1:
-        hint = (
-            f"; {quote(value).strip(chr(39))}/255 is written {str(value).strip()}/255" if "/" not in str(value) else ""
-        )
+        hint = f"; for {value} of 255 grey levels write {str(value).strip()}/255" if "/" not in str(value) else ""
         raise _eps_error(f"eps {quote(value)} is more than the whole pixel range [0, 1]{hint}")
     return eps + 0.0  # turns -0.0 into 0.0
 

@@ -3,6 +3,7 @@
 The model is a ViT with random weights, the file has the form of the TeCoA and PMG-AFT releases.
 """
 
+import io
 import json
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from pmgaft.clip.preprocess import to_pixels
 from pmgaft.clip.text import TextEncoder, label_features
 from pmgaft_export.bundle import Bundle, load_torchscript, open_bundle
 from pmgaft_export.formats import open_onnx
+from pmgaft_serve.client import Client, Question
+from pmgaft_serve.torchserve import ServeOptions, serving
 
 LABELS = ["red disc", "green square", "blue stripes", "toaster"]
 
@@ -121,3 +124,22 @@ def test_the_bundle_tells_which_run_and_recipe_it_came_from(run: Path, bundle: B
     assert source.recipe is not None
     assert source.recipe["pretrained"] == str(published)
     assert source.recipe["attack"]["eps"] == "1/255"
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(600)
+@pytest.mark.xdist_group("serve")
+def test_the_served_bundle_answers_over_http_as_the_trained_model(
+    run: Path, bundle: Bundle, tiny_images: list[Image.Image]
+) -> None:
+    trained, picture = load_clip(str(run)), io.BytesIO()
+    tiny_images[0].save(picture, "PNG")
+    logits = trained.logits(
+        to_pixels(tiny_images[0], trained.preprocess)[None], label_features(trained.text.encode, LABELS)
+    )
+    expected = dict(zip(LABELS, logits.softmax(dim=1)[0].tolist(), strict=True))
+    with serving(ServeOptions(bundle=bundle.directory, port=0, device="cpu")) as server, Client(server.url) as client:
+        answer = client.classify(picture.getvalue(), Question(labels=LABELS, probe={"eps": "1/255", "steps": 2}))
+    assert {p.label: p.probability for p in answer.predictions} == pytest.approx(expected, abs=1e-3)
+    assert answer.probe is not None
+    assert answer.probe.threat_model["eps"] == "1/255"

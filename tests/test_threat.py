@@ -69,7 +69,7 @@ def test_an_linf_radius_above_the_pixel_range_is_refused(bad: str | float) -> No
 
 
 def test_a_forgotten_255_is_pointed_out() -> None:
-    with pytest.raises(ThreatError, match="4/255 is written 4/255"):
+    with pytest.raises(ThreatError, match="for 4 of 255 grey levels write 4/255"):
         parse_eps("4")
 
 

@@ -39,7 +39,7 @@ SHOWN = (
     "pmgaft_stage_seconds_count",
 )
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False)
 
 
 @click.command()
@@ -52,7 +52,7 @@ def main(output_dir: Path) -> None:
     photograph = _cat(output_dir)
     run, bundle = output_dir / "run", output_dir / "bundle"
 
-    _title("1. Fine-tune the shipped mini with PMG-AFT on a thousand crops of photographs")
+    _title("1. Fine-tune mini with PMG-AFT on a thousand crops of photographs")
     _pmgaft("train", "demo", "--output-dir", run)
     _title("2. Export the run, proven equal to what was trained")
     _pmgaft("export", run, "--output-dir", bundle)
@@ -60,7 +60,7 @@ def main(output_dir: Path) -> None:
     with _served(bundle) as server:
         _ask(server, "the fresh run", photograph, probe=False)
 
-    _title(f"4. The same photograph and labels, attacked within eps {EPS}: mini, then mini-robust")
+    _title(f"4. The same photograph, attacked within eps {EPS}: mini, mini-robust")
     answers, moved = {}, {}
     for name in ("mini", "mini-robust"):
         with _served(name) as server:
@@ -74,7 +74,7 @@ def main(output_dir: Path) -> None:
         console.print(f"{name}:")
         for key, increase in series.items():
             if increase:
-                console.print(f"  {key}  +{increase:g}", markup=False)
+                console.print(f"  {key}  +{increase:g}", markup=False, soft_wrap=True)
 
     _title("What is where, and what to type next")
     _next_steps(run, bundle, photograph)
@@ -147,7 +147,8 @@ def _next_steps(run: Path, bundle: Path, photograph: Path) -> None:
 
   Type next, in two terminals (.venv/bin/pmgaft where the environment is not activated):
     pmgaft serve mini-robust
-    pmgaft classify {photograph} --labels cat,dog,toaster --probe --eps 2/255"""
+    pmgaft classify {photograph} --labels cat,dog,toaster --probe --eps 2/255""",
+        soft_wrap=True,
     )
 
 
@@ -157,7 +158,7 @@ def _title(text: str) -> None:
 
 
 def _dim(text: str) -> None:
-    console.print(text, style="dim", markup=False)
+    console.print(text, style="dim", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":
