@@ -10,7 +10,7 @@ demo: $(STAMP)
 	$(BIN)/python -m pmgaft_serve.demo --output-dir demo-output
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

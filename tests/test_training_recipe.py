@@ -14,7 +14,16 @@ from pmgaft.objectives import Weights
 from pmgaft.training.recipe import Recipe, load_recipe, shipped_recipes
 
 MINIMAL = 'model = "mini"\ndata = "skimage"\nsteps = 3\n'
-NEEDS_DATA = {"mini-tinyimagenet", "pmg-aft", "release", "best", "tecoa", "vit-b32-tinyimagenet", "vit-b32-imagenet"}
+NEEDS_DATA = {
+    "best",
+    "best-finish",
+    "mini-tinyimagenet",
+    "pmg-aft",
+    "release",
+    "tecoa",
+    "vit-b32-imagenet",
+    "vit-b32-tinyimagenet",
+}
 
 
 def written(tmp_path: Path, text: str) -> str:
