@@ -36,7 +36,7 @@ def train(
     RECIPE is a TOML file, or the name of a shipped one:
 
     \b
-      demo, pmg-aft, best, tecoa, release, mini-tinyimagenet
+      demo, pmg-aft, best, best-finish, tecoa, release, mini-tinyimagenet
       vit-b32-tinyimagenet, vit-b32-imagenet
 
     \b
