@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -25,3 +26,12 @@ def class_space(work_dir: Path) -> tuple[list[str], Tensor, Tensor]:
     classes = unit(saved["embeddings"].mean(1))
     mean = unit(saved["embeddings"].mean(1)).mean(0)
     return saved["names"], unit(classes - MEAN_SHARE * mean), mean
+
+
+def note(work_dir: Path, name: str, value: float) -> None:
+    """Print a figure and keep it in W/figures.json, from where pack.py takes it into results/make_mini.json."""
+    file = work_dir / "figures.json"
+    figures = json.loads(file.read_text()) if file.exists() else {}
+    figures[name] = round(value, 3)
+    file.write_text(json.dumps(figures, indent=2) + "\n")
+    print(name, figures[name], flush=True)

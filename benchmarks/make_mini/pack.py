@@ -15,6 +15,7 @@ from open_clip.model import CLIP
 from torch import Tensor, nn
 
 PREPROCESS = {"size": 128, "mode": "RGB", "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
+RESULT = Path(__file__).parent.parent / "results" / "make_mini.json"
 
 
 def unfolded(trunk: nn.Module, folded: dict[str, Tensor]) -> None:
@@ -66,6 +67,7 @@ def main(work_dir: Path | None, run: Path | None, output_dir: Path) -> None:
         safetensors.torch.save_file(halved(rest), output_dir / "text.safetensors")
         config = {"model_cfg": json.loads((work_dir / "config.json").read_text()), "preprocess_cfg": PREPROCESS}
         (output_dir / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        RESULT.write_text((work_dir / "figures.json").read_text())
     if run is not None:
         model = open_clip.create_model(f"local-dir:{run / 'model'}")
         visual = {name: v for name, v in model.state_dict().items() if name.startswith("visual.")}

@@ -15,7 +15,7 @@ from pathlib import Path
 import click
 import open_clip
 import torch
-from common import MEAN_SHARE, class_space, unit
+from common import MEAN_SHARE, class_space, note, unit
 from open_clip.model import CLIP
 from torch import Tensor, nn
 
@@ -140,7 +140,7 @@ class Examples:
         captions = encode(model, padded([self.tokens.of(self.captions[i]) for i in held_out]))
         classes = encode(model, padded([self.tokens.filled("a photo of a {}.", name) for name in self.names]))
         return {
-            "held-out captions": round((captions * self.caption_targets[held_out]).sum(-1).mean().item(), 3),
+            "held_out_captions": round((captions * self.caption_targets[held_out]).sum(-1).mean().item(), 3),
             "classes": round((classes * self.classes).sum(-1).mean().item(), 3),
         }
 
@@ -187,6 +187,8 @@ def main(work_dir: Path, steps: int, seed: int) -> None:
         optimizer.step()
         if (step + 1) % 100 == 0:
             print(f"{step + 1} {time.time() - started:.0f} s loss {total:.4f} {examples.agreement(model)}", flush=True)
+    for name, cosine in examples.agreement(model).items():
+        note(work_dir, f"text_tower.cosine_{name}", cosine)
     state = {name: value for name, value in model.state_dict().items() if not name.startswith("visual.")}
     torch.save(state, work_dir / "text_tower.pt")
     (work_dir / "config.json").write_text(json.dumps(CONFIG, indent=2))
