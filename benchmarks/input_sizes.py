@@ -109,7 +109,13 @@ def main(data_root: Path, limit: int, rounds: int, output: Path) -> None:
         }
         print(size, sizes[size], flush=True)
     machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    result = {"images_per_set": limit, "rounds": rounds, "torch": torch.__version__, "machine": machine, "sizes": sizes}
+    result = {
+        "images_per_set": -(-limit // 32) * 32,
+        "rounds": rounds,
+        "torch": torch.__version__,
+        "machine": machine,
+        "sizes": sizes,
+    }
     output.write_text(json.dumps(result, indent=2) + "\n")
 
 

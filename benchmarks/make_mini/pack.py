@@ -15,7 +15,7 @@ from open_clip.model import CLIP
 from torch import Tensor, nn
 
 PREPROCESS = {"size": 128, "mode": "RGB", "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
-RESULT = Path(__file__).parent.parent / "results" / "make_mini.json"
+RESULTS = Path(__file__).parent.parent / "results"
 
 
 def unfolded(trunk: nn.Module, folded: dict[str, Tensor]) -> None:
@@ -54,6 +54,17 @@ def halved(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: (v.half() if v.is_floating_point() else v).contiguous() for name, v in state.items()}
 
 
+def keep_log(run: Path) -> None:
+    """What the run measured on its held-out images, and how long it took: results/train-RUN.json."""
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    kept = [
+        {name: value for name, value in event.items() if name != "time"}
+        for event in events
+        if event["event"] in ("judged", "end")
+    ]
+    (RESULTS / f"train-{run.name}.json").write_text(json.dumps(kept, indent=2) + "\n")
+
+
 @click.command()
 @click.option("--work-dir", type=click.Path(path_type=Path), help="Of the other steps: writes mini and the text tower.")
 @click.option("--run", type=click.Path(path_type=Path), help="A run of `pmgaft train`: writes mini-robust.")
@@ -67,11 +78,12 @@ def main(work_dir: Path | None, run: Path | None, output_dir: Path) -> None:
         safetensors.torch.save_file(halved(rest), output_dir / "text.safetensors")
         config = {"model_cfg": json.loads((work_dir / "config.json").read_text()), "preprocess_cfg": PREPROCESS}
         (output_dir / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        RESULT.write_text((work_dir / "figures.json").read_text())
+        (RESULTS / "make_mini.json").write_text((work_dir / "figures.json").read_text())
     if run is not None:
         model = open_clip.create_model(f"local-dir:{run / 'model'}")
         visual = {name: v for name, v in model.state_dict().items() if name.startswith("visual.")}
         safetensors.torch.save_file(halved(visual), output_dir / "mini-robust.safetensors")
+        keep_log(run)
 
 
 if __name__ == "__main__":
