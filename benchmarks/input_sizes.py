@@ -19,10 +19,10 @@ import torch
 
 from pmgaft.attacks import Budget
 from pmgaft.clip.image import PixelEncoder, fold_batchnorm, freeze, frozen_copy
-from pmgaft.clip.loading import load_clip
+from pmgaft.clip.loading import Clip, load_clip
 from pmgaft.clip.text import label_features
 from pmgaft.data import loader, open_dataset
-from pmgaft.evaluation.run import Protocol, judge
+from pmgaft.evaluation.run import Protocol, judge, nothing_in_place
 from pmgaft.objectives import OBJECTIVES, Weights
 from pmgaft.probe import ProbeSettings, probe
 from pmgaft.threat import ThreatModel
@@ -34,18 +34,16 @@ THREAT = ThreatModel(norm="linf", eps=1 / 255)
 BATCH = 16
 
 
-def at_size(size: int) -> PixelEncoder:
-    """The folded image encoder of `mini`, told that its pictures are of this size."""
-    encoder = load_clip("mini").image
+def at_size(encoder: PixelEncoder, size: int) -> PixelEncoder:
+    """The folded image encoder, told that its pictures are of this size."""
     whole = PixelEncoder(encoder.tower, encoder.mean.flatten().tolist(), encoder.std.flatten().tolist(), (size, size))
     return freeze(fold_batchnorm(whole)).to(memory_format=torch.channels_last)
 
 
-def clean_accuracy(encoder: PixelEncoder, size: int, where: Path, limit: int) -> float:
-    clip = load_clip("mini")
+def clean_accuracy(clip: Clip, encoder: PixelEncoder, where: Path, limit: int) -> float:
     images = open_dataset(str(where))
     texts = label_features(clip.text.encode, images.class_names, images.templates)
-    batches = loader(images, replace(clip.preprocess, size=(size, size)), batch_size=32)
+    batches = loader(images, replace(clip.preprocess, size=encoder.size), batch_size=32)
     parts = ((next(batches)) for _ in range(-(-min(limit, len(images)) // 32)))
     pairs = ((b.pixels.contiguous(memory_format=torch.channels_last), b.labels) for b in parts)
     protocol = Protocol(attack="none", threat=THREAT, budget=Budget())
@@ -62,10 +60,7 @@ def probe_seconds(encoder: PixelEncoder, pixels: torch.Tensor, texts: torch.Tens
 
 def training_rate(encoder: PixelEncoder, pixels: torch.Tensor, texts: torch.Tensor) -> float:
     """Images a second of one PMG-AFT step with a PGD-2 attack, the optimiser's own work left out."""
-    student = frozen_copy(encoder).requires_grad_(True)
-    for module in student.modules():
-        if hasattr(module, "inplace"):
-            module.inplace = False
+    student = nothing_in_place(frozen_copy(encoder).requires_grad_(True))
     learner = Learner(
         student=student,
         attacked=freeze(frozen_view(student)),
@@ -90,7 +85,8 @@ def training_rate(encoder: PixelEncoder, pixels: torch.Tensor, texts: torch.Tens
     "--output", default=Path(__file__).parent / "results" / "input_sizes.json", type=click.Path(path_type=Path)
 )
 def main(data_root: Path, limit: int, rounds: int, output: Path) -> None:
-    encoders = {size: at_size(size) for size in SIZES}
+    clip = load_clip("mini")
+    encoders = {size: at_size(clip.image, size) for size in SIZES}
     texts = torch.nn.functional.normalize(torch.randn(200, 384, generator=torch.Generator().manual_seed(0)), dim=-1)
     pixels = {size: torch.rand(BATCH, 3, size, size).contiguous(memory_format=torch.channels_last) for size in SIZES}
     seconds: dict[int, list[float]] = {size: [] for size in SIZES}
@@ -101,7 +97,7 @@ def main(data_root: Path, limit: int, rounds: int, output: Path) -> None:
             rates[size].append(training_rate(encoder, pixels[size], texts))
     sizes = {}
     for size, encoder in encoders.items():
-        accuracy = {s.rpartition("/")[2]: round(clean_accuracy(encoder, size, data_root / s, limit), 1) for s in SETS}
+        accuracy = {s.rpartition("/")[2]: round(clean_accuracy(clip, encoder, data_root / s, limit), 1) for s in SETS}
         sizes[size] = {
             "clean_percent": accuracy,
             "probe_seconds": round(statistics.median(seconds[size]), 3),

@@ -34,6 +34,8 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pmgaft.clip.image import PixelEncoder, fold_batchnorm
+
 RIDGE = 10.0
 CLASS_WEIGHT = 0.7
 SCALE = 30.0
@@ -57,18 +59,9 @@ def imagenet_classifier() -> nn.Module:
     return model.eval()
 
 
-def fold(module: nn.Module) -> None:
-    """BatchNorms become part of the convolution before them."""
-    previous = None
-    for name, child in list(module.named_children()):
-        if isinstance(child, nn.modules.batchnorm._BatchNorm) and isinstance(previous, nn.Conv2d):
-            scale = (child.weight / torch.sqrt(child.running_var + child.eps)).detach()
-            previous.weight = nn.Parameter(previous.weight.detach() * scale[:, None, None, None])
-            previous.bias = nn.Parameter((child.bias - child.running_mean * scale).detach())
-            setattr(module, name, child.act)
-        else:
-            fold(child)
-        previous = child
+def as_encoder(tower: nn.Module) -> PixelEncoder:
+    """The tower with its normalisation (mean = std = 0.5), as pmgaft folds and unfolds it."""
+    return PixelEncoder(tower, [0.5] * 3, [0.5] * 3, (128, 128))
 
 
 def features(trunk: nn.Module, pixels: Tensor) -> Tensor:
@@ -86,8 +79,8 @@ class Teacher:
         gram = self.rows.T @ self.rows + RIDGE * torch.eye(self.rows.shape[1])
         self.ridge = torch.linalg.solve(gram, self.rows.T @ classes)
         self.classes = classes
-        fold(self.trunk)
-        self.trunk = self.trunk.to(memory_format=torch.channels_last).requires_grad_(False)
+        folded = fold_batchnorm(as_encoder(self.trunk)).tower
+        self.trunk = folded.to(memory_format=torch.channels_last).requires_grad_(False)
 
     @torch.no_grad()
     def see(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,23 +10,15 @@ import click
 import open_clip
 import safetensors.torch
 import torch
-from image_tower import SCALE, fold, imagenet_classifier
+from image_tower import SCALE, as_encoder, imagenet_classifier
 from open_clip.model import CLIP
 from torch import Tensor, nn
 
+from pmgaft.clip.image import fold_batchnorm
+from pmgaft.training.folding import unfold_batchnorm
+
 PREPROCESS = {"size": 128, "mode": "RGB", "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
 RESULTS = Path(__file__).parent.parent / "results"
-
-
-def unfolded(trunk: nn.Module, folded: dict[str, Tensor]) -> None:
-    """Put what was trained folded back before BatchNorms with the original statistics."""
-    state = trunk.state_dict()
-    plain = imagenet_classifier()
-    order = [name for name, module in plain.named_modules() if isinstance(module, nn.Conv2d | nn.BatchNorm2d)]
-    for convolution, norm in zip(order[::2], order[1::2], strict=True):
-        scale = state[f"{norm}.weight"] / torch.sqrt(state[f"{norm}.running_var"] + plain.get_submodule(norm).eps)
-        state[f"{convolution}.weight"].copy_(folded[f"{convolution}.weight"] / scale[:, None, None, None])
-        state[f"{norm}.bias"].copy_(folded[f"{convolution}.bias"] + state[f"{norm}.running_mean"] * scale)
 
 
 @torch.no_grad()
@@ -36,17 +28,15 @@ def assemble(work_dir: Path) -> nn.Module:
     model.load_state_dict(torch.load(work_dir / "text_tower.pt", weights_only=True), strict=False)
     model.logit_scale.fill_(math.log(SCALE))
     trained = torch.load(work_dir / "image_tower.pt", weights_only=True)
-    trunk = model.visual.trunk
     original = imagenet_classifier().state_dict()
-    trunk.load_state_dict({name: original[name] for name in trunk.state_dict()})
-    unfolded(trunk, trained["trunk"])
+    model.visual.trunk.load_state_dict({name: original[name] for name in model.visual.trunk.state_dict()})
     model.visual.head.mlp.load_state_dict(trained["head"])
-
-    fold(whole := imagenet_classifier())
-    whole.load_state_dict(trained["trunk"])
-    pixels = torch.rand(2, 3, 128, 128) * 2 - 1
-    expected = whole.forward_head(whole.forward_features(pixels), pre_logits=True)
-    torch.testing.assert_close(trunk(pixels), expected, rtol=1e-3, atol=1e-3)
+    whole = as_encoder(model.visual)
+    folded = fold_batchnorm(whole)
+    folded.tower.trunk.load_state_dict({name: trained["trunk"][name] for name in folded.tower.trunk.state_dict()})
+    model.visual = unfold_batchnorm(folded, whole).tower
+    pixels = torch.rand(2, 3, *whole.size)
+    torch.testing.assert_close(as_encoder(model.visual)(pixels), folded(pixels), rtol=1e-3, atol=1e-3)
     return model
 
 

@@ -11,7 +11,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from pmgaft.errors import ModelError
@@ -56,14 +55,6 @@ def freeze(module: Module) -> Module:
 def frozen_copy(encoder: PixelEncoder) -> PixelEncoder:
     """A frozen copy that later training of `encoder` does not touch: the guide."""
     return freeze(copy.deepcopy(encoder))
-
-
-def set_training(encoder: nn.Module) -> None:
-    """Train mode everywhere but in BatchNorm layers, whose statistics stay those of the original model."""
-    encoder.train()
-    for module in encoder.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()
 
 
 def fold_batchnorm(encoder: PixelEncoder) -> PixelEncoder:

@@ -180,7 +180,7 @@ class _Run:
         prepare = fold_batchnorm if recipe.fold_batchnorm else copy.deepcopy
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         student = nothing_in_place(prepare(clip.image).eval().requires_grad_(True).to(memory_format=layout))
-        guide = frozen_copy(prepare(self.guide.image)).to(memory_format=layout)
+        guide = freeze(prepare(self.guide.image)).to(memory_format=layout)
         class_names = self.training_set.class_names
         templates = recipe.train_templates or self.training_set.templates
         texts = label_features(clip.text.encode, class_names, templates)
