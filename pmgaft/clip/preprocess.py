@@ -120,22 +120,32 @@ def to_pixels(image: Image.Image, spec: PreprocessSpec) -> Tensor:
 def resize(image: Image.Image, spec: PreprocessSpec) -> Image.Image:
     """image: RGB -> RGB of exactly spec.size, as spec.resize_mode says."""
     height, width = spec.size
-    resampling = _RESAMPLING[spec.interpolation]
-    if spec.resize_mode == "squash":
-        return image.resize((width, height), resampling)
-    if spec.resize_mode == "longest":
-        ratio = max(image.height / height, image.width / width)
-        scaled = max(1, round(image.width / ratio)), max(1, round(image.height / ratio))
-        return _crop_or_pad(image.resize(scaled, resampling), width, height)
-    if height == width:
-        scaled = _shortest_side(image.size, width)
-    else:  # open_clip rounds instead of cutting here, and always takes bicubic
-        ratio = min(image.height / height, image.width / width)
-        scaled = round(image.width / ratio), round(image.height / ratio)
-        resampling = Image.Resampling.BICUBIC
-    if scaled[0] * scaled[1] > _LARGEST_RESIZED * width * height:
+    scaled, resampling = scaled_size(image.size, spec), _RESAMPLING[interpolation_of(spec)]
+    if spec.resize_mode == "shortest" and scaled[0] * scaled[1] > _LARGEST_RESIZED * width * height:
         return _resize_centre(image, scaled, spec.size, resampling)
     return _crop_or_pad(image.resize(scaled, resampling), width, height)
+
+
+def scaled_size(size: tuple[int, int], spec: PreprocessSpec) -> tuple[int, int]:
+    """(width, height) that a picture of `size` (width, height) is resized to, before its centre is cut out or black is
+    added around it.
+    """
+    height, width = spec.size
+    if spec.resize_mode == "squash":
+        return width, height
+    if spec.resize_mode == "longest":
+        ratio = max(size[1] / height, size[0] / width)
+        return max(1, round(size[0] / ratio)), max(1, round(size[1] / ratio))
+    if height == width:
+        return _shortest_side(size, width)
+    ratio = min(size[1] / height, size[0] / width)  # open_clip rounds instead of cutting here
+    return round(size[0] / ratio), round(size[1] / ratio)
+
+
+def interpolation_of(spec: PreprocessSpec) -> Interpolation:
+    """What is really used: open_clip always takes bicubic where "shortest" meets an input that is not square."""
+    square = spec.size[0] == spec.size[1]
+    return "bicubic" if spec.resize_mode == "shortest" and not square else spec.interpolation
 
 
 def _shortest_side(size: tuple[int, int], target: int) -> tuple[int, int]:
