@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Literal
 
 import pytest
@@ -400,3 +401,82 @@ def test_several_restarts_need_the_best_to_be_kept() -> None:
             [0],
             keep="last",
         )
+
+
+@pytest.mark.parametrize("norms", [("linf", "linf"), ("linf", "l2")])
+@pytest.mark.parametrize("steps", [(2, 2), (2, 3)], ids=["equal budgets", "unequal budgets"])
+def test_the_last_iterate_is_found_without_waiting_for_the_device(
+    norms: tuple[Literal["linf", "l2"], ...], steps: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the meta device, whose tensors have no values, whatever needs a value on the host fails."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # the meta device knows none
+    weights = torch.empty(3, *SHAPE, device="meta")
+    found = pgd(
+        lambda x, rows: torch.einsum("nchw,kchw->nk", x, weights),
+        torch.empty(2, *SHAPE, device="meta"),
+        cross_entropy_loss(torch.empty(2, dtype=torch.int64, device="meta")),
+        [ThreatModel(norm=norm, eps=0.1) for norm in norms],
+        [Budget(steps=count) for count in steps],
+        range(2),
+        keep="last",
+    )
+    assert found.pixels.device.type == "meta"
+    assert found.pixels.shape == (2, *SHAPE)
+
+
+def test_starts_replace_the_first_restart_s_noise_and_are_projected() -> None:
+    seen: list[Tensor] = []
+    _, linear_logits = linear()
+
+    def logits_of(x: Tensor, rows: Tensor) -> Tensor:
+        seen.append(x.detach().clone())
+        return linear_logits(x, rows)
+
+    x, eps = images(2), 0.05
+    starts = x + torch.tensor([0.02, 0.5]).reshape(2, 1, 1, 1)
+    budget = Budget(steps=1, restarts=2)
+    pgd(
+        logits_of,
+        x,
+        margin_loss(torch.zeros(2, dtype=torch.int64)),
+        [linf(eps)] * 2,
+        [budget] * 2,
+        [0, 1],
+        starts=starts,
+    )
+    torch.testing.assert_close(seen[0][0], x[0] + 0.02)
+    torch.testing.assert_close(seen[0][1], x[1] + eps)
+    assert float((seen[2] - seen[0]).abs().amax(dim=(1, 2, 3)).min()) > 0.01  # the second restart is a random one
+    with pytest.raises(ValueError, match="starts"):
+        pgd(
+            logits_of,
+            x,
+            margin_loss(torch.zeros(2, dtype=torch.int64)),
+            [linf(eps)] * 2,
+            [budget] * 2,
+            [0, 1],
+            starts=x[:1],
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_logits_of_a_half_precision_model_are_compared_in_float32(dtype: torch.dtype) -> None:
+    """Losses of half-precision logits would round; the gradient comes back as float32 too."""
+    weights, _ = linear(3)
+    seen: list[torch.dtype] = []
+
+    def loss(logits: Tensor, rows: Tensor) -> Tensor:
+        seen.append(logits.dtype)
+        return margin_loss(torch.zeros(2, dtype=torch.int64))(logits, rows)
+
+    found = pgd(
+        lambda x, rows: torch.einsum("nchw,kchw->nk", x.to(dtype), weights.to(dtype)),
+        images(2),
+        loss,
+        [linf(0.05)] * 2,
+        [Budget(steps=3)] * 2,
+        range(2),
+    )
+    assert set(seen) == {torch.float32}
+    assert found.pixels.dtype == torch.float32
+    assert found.loss.dtype == torch.float32

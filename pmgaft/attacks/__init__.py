@@ -1,11 +1,13 @@
 """Attacks as pure functions over "pixels -> logits"; they know nothing of CLIP."""
 
 from pmgaft.attacks.losses import Loss, Success, cross_entropy_loss, margin_loss, misclassified
-from pmgaft.attacks.pgd import Adversarial, Budget, LogitsOf, pgd
+from pmgaft.attacks.pgd import pgd
+from pmgaft.attacks.search import Adversarial, Budget, Expired, LogitsOf
 
 __all__ = [
     "Adversarial",
     "Budget",
+    "Expired",
     "LogitsOf",
     "Loss",
     "Success",
