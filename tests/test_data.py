@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import math
+import multiprocessing
+import os
 import shutil
 import tarfile
-import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from pmgaft.clip.preprocess import PreprocessSpec, open_image, to_pixels
 from pmgaft.clip.text import DEFAULT_TEMPLATES, fill
 from pmgaft.data import Batch, ImageSet, loader, open_dataset, skimage_crops, templates_for
 from pmgaft.data.image_set import StoredImages
-from pmgaft.errors import DataError
+from pmgaft.errors import DataError, InputError
 
 SPEC = PreprocessSpec(size=(24, 24), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 NAMES = ("red disc", "green square", "blue stripes")
@@ -473,24 +476,70 @@ def test_a_damaged_image_is_named_with_its_set(workers: int) -> None:
         take(1, dataset, batch_size=4, workers=workers)
 
 
-def test_a_loader_that_is_left_early_stops_reading_ahead() -> None:
-    gate, read = threading.Event(), []
+def test_a_loader_that_is_left_early_ends_its_processes_and_reads_no_further() -> None:
+    read = multiprocessing.Value("i", 0)
 
-    def encoded(index: int) -> bytes:
-        if index >= 5:
-            gate.wait(timeout=30)
-        read.append(index)
+    def encoded(_: int) -> bytes:
+        with read.get_lock():
+            read.value += 1
         return flat(0)
 
     dataset = StoredImages(
-        name="slow", class_names=("a",), templates=("{}",), labels=[0] * 50, encoded=encoded, fingerprint=str
+        name="long", class_names=("a",), templates=("{}",), labels=[0] * 500, encoded=encoded, fingerprint=str
     )
     batches = loader(dataset, SPEC, batch_size=5, workers=2)
     next(batches)
+    assert len(multiprocessing.active_children()) == 2
     batches.close()  # type: ignore[attr-defined]
-    gate.set()
-    for thread in threading.enumerate():
-        if thread.name.startswith("pmgaft-loader"):
-            thread.join(timeout=30)
-            assert not thread.is_alive()
-    assert len(read) <= 5 + 2
+    assert not multiprocessing.active_children()
+    assert read.value <= 5 * (1 + 2 * 2 + 2)  # the batch taken, two ahead for each worker, and those begun since
+
+
+def test_images_are_decoded_in_other_processes() -> None:
+    own = os.getpid()
+    dataset = StoredImages(
+        name="who",
+        class_names=("a",),
+        templates=("{}",),
+        labels=[0] * 8,
+        encoded=lambda _: flat(255 if os.getpid() == own else 0),
+        fingerprint=str,
+    )
+    assert [int(take(1, dataset, batch_size=8, workers=workers)[0].images.max()) for workers in (0, 1)] == [255, 0]
+
+
+def test_images_travel_as_bytes_and_become_pixels_as_everywhere_else(shards: Path) -> None:
+    dataset = open_dataset(str(shards))
+    (batch,) = take(1, dataset, batch_size=4)
+    assert batch.images.dtype == torch.uint8
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(batch.pixels[1], to_pixels(open_image(dataset.read(1)[0]), SPEC))
+    every = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
+    assert torch.equal(replace(batch, images=every).pixels, every / 255)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_reading_leaves_the_global_random_state_alone(workers: int) -> None:
+    before = torch.get_rng_state()
+    take(2, in_memory(), batch_size=4, shuffle=True, workers=workers)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_ranks_share_every_batch_and_each_has_as_many_rows(shards: Path, ranks: int) -> None:
+    dataset = open_dataset(str(shards))
+    whole = take(6, dataset, seed=1, **OPTIONS)
+    parts = [take(6, dataset, seed=1, rank=rank, ranks=ranks, **OPTIONS) for rank in range(ranks)]
+    for batch, *shares in zip(whole, *parts, strict=True):
+        assert torch.equal(torch.cat([share.images[: share.counted] for share in shares]), batch.images)
+        assert torch.equal(torch.cat([share.indices[: share.counted] for share in shares]), batch.indices)
+        assert {(len(share.labels), share.whole) for share in shares} == {
+            (math.ceil(len(batch.labels) / ranks), len(batch.labels))
+        }
+        assert all(share.indices[0] == batch.indices[share.first if share.counted else 0] for share in shares)
+
+
+def test_workers_where_a_system_cannot_fork_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    with pytest.raises(InputError, match="use workers = 0"):
+        take(1, in_memory(), batch_size=4, workers=2)
