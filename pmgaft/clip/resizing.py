@@ -14,27 +14,50 @@ from torch import Tensor
 from pmgaft.clip.preprocess import Interpolation, PreprocessSpec, interpolation_of, scaled_size
 
 
-def to_model_input(pixels: Tensor, spec: PreprocessSpec) -> Tensor:
-    """Pictures of one size as the model sees them.
+class Resize:
+    """From pictures of one size to the model's input.
 
-    pixels: float32 [n, 3, H, W] in [0, 1] -> float32 [n, 3, h, w] in [0, 1]. Equal to `to_pixels` but for Pillow's two
-    roundings to 8 bits (one after each axis): at most 2/255 apart, about 0.3/255 on average.
-    Where bicubic overshoots and is cut to [0, 1], the gradient passes as if it were not, so that a flat white wall is
-    no wall for an attack.
+    Equal to `to_pixels` but for Pillow's two roundings to 8 bits (one after each axis): at most 2/255 apart, about
+    0.3/255 on average. Pixels that the model never sees (beside the square that is cut out) are left off first, so that
+    an attack spends nothing on them.
     """
-    rows, columns = _matrices(pixels.shape[-2], pixels.shape[-1], spec, pixels.device)
-    resized = rows @ pixels @ columns.T
-    return resized + (resized.clamp(0.0, 1.0) - resized).detach()
+
+    def __init__(self, height: int, width: int, spec: PreprocessSpec) -> None:
+        scaled_width, scaled_height = scaled_size((width, height), spec)
+        kind = interpolation_of(spec)
+        rows, self._seen_rows = _seen(_axis(height, scaled_height, spec.size[0], kind))
+        columns, self._seen_columns = _seen(_axis(width, scaled_width, spec.size[1], kind))
+        self._matrices = {torch.device("cpu"): (rows, columns)}
+
+    def seen(self, pixels: Tensor) -> Tensor:
+        """The part of the pictures that has an influence: [..., H, W] -> [..., H', W']."""
+        return pixels[..., self._seen_rows, self._seen_columns]
+
+    def __call__(self, seen: Tensor) -> Tensor:
+        """float32 [n, 3, H', W'] in [0, 1], as `seen` gives it -> float32 [n, 3, h, w] in [0, 1].
+
+        Where bicubic overshoots and is cut to [0, 1], the gradient passes as if it were not, so that a flat white wall
+        is no wall for an attack.
+        """
+        if seen.device not in self._matrices:
+            cpu = self._matrices[torch.device("cpu")]
+            self._matrices[seen.device] = cpu[0].to(seen.device), cpu[1].to(seen.device)
+        rows, columns = self._matrices[seen.device]
+        resized = rows @ seen @ columns.T
+        return resized + (resized.clamp(0.0, 1.0) - resized).detach()
 
 
 @lru_cache(maxsize=64)
-def _matrices(height: int, width: int, spec: PreprocessSpec, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(float32 [h, H], float32 [w, W]): the resize is linear along each axis."""
-    scaled_width, scaled_height = scaled_size((width, height), spec)
-    kind = interpolation_of(spec)
-    rows = _axis(height, scaled_height, spec.size[0], kind)
-    columns = _axis(width, scaled_width, spec.size[1], kind)
-    return rows.to(device), columns.to(device)
+def resize_for(height: int, width: int, spec: PreprocessSpec) -> Resize:
+    """The resize of pictures of this size; the last ones asked for are kept."""
+    return Resize(height, width, spec)
+
+
+def _seen(matrix: Tensor) -> tuple[Tensor, slice]:
+    """The columns of [wanted, size] between the first and the last that are not zero, and where they are."""
+    used = matrix.any(dim=0).nonzero()[:, 0]
+    where = slice(int(used[0]), int(used[-1]) + 1)
+    return matrix[:, where].contiguous(), where
 
 
 def _axis(size: int, scaled: int, wanted: int, kind: Interpolation) -> Tensor:
