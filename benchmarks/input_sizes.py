@@ -23,7 +23,7 @@ from pmgaft.clip.loading import Clip, load_clip
 from pmgaft.clip.text import label_features
 from pmgaft.data import loader, open_dataset
 from pmgaft.evaluation.run import Protocol, judge, nothing_in_place
-from pmgaft.objectives import OBJECTIVES, Weights
+from pmgaft.objectives import PmgAft
 from pmgaft.probe import ProbeSettings, probe
 from pmgaft.threat import ThreatModel
 from pmgaft.training.step import Learner, accumulate_gradients, frozen_view
@@ -65,7 +65,7 @@ def training_rate(encoder: PixelEncoder, pixels: torch.Tensor, texts: torch.Tens
         student=student,
         attacked=freeze(frozen_view(student)),
         guide=encoder,
-        objective=OBJECTIVES["pmg-aft"](Weights()),
+        objective=PmgAft(),
         texts=texts,
         guide_texts=texts,
         scale=30.0,

@@ -22,8 +22,8 @@ from pmgaft.attacks import Budget
 from pmgaft.clip.image import PixelEncoder, fold_batchnorm, freeze, frozen_copy
 from pmgaft.clip.loading import Clip, load_clip, save_local_dir
 from pmgaft.data import open_dataset
-from pmgaft.errors import CheckpointError, InputError, PmgaftError, RecipeError
-from pmgaft.objectives import Weights, finetune, pmg_aft
+from pmgaft.errors import CheckpointError, InputError, ModelError, PmgaftError, RecipeError
+from pmgaft.objectives import OBJECTIVES, AnyObjective, Fare, Finetune, PmgAft, TgaZsr
 from pmgaft.threat import ThreatModel
 from pmgaft.training import loop
 from pmgaft.training.checkpoint import load_newest
@@ -60,7 +60,7 @@ class Counting(nn.Module):
         return features
 
 
-def learner(clip: Clip, weights: Weights | None = None, *, fold: bool = True) -> Learner:
+def learner(clip: Clip, objective: AnyObjective | None = None, *, fold: bool = True) -> Learner:
     prepare = fold_batchnorm if fold else copy.deepcopy
     student: PixelEncoder = prepare(clip.image).eval().requires_grad_(True)
     texts = clip.text.encode(["red disc", "green square", "blue stripes"])
@@ -68,7 +68,7 @@ def learner(clip: Clip, weights: Weights | None = None, *, fold: bool = True) ->
         student=student,
         attacked=freeze(frozen_view(student)),
         guide=frozen_copy(student),
-        objective=pmg_aft(weights or Weights()),
+        objective=objective or PmgAft(),
         texts=texts,
         guide_texts=texts,
         scale=clip.logit_scale,
@@ -137,22 +137,22 @@ def test_one_step_costs_two_attack_passes_one_student_batch_of_both_images_and_o
         encoder = getattr(who, name)
         encoder.tower = Counting(encoder.tower, calls, name)
     step(who, count=4)
-    assert calls == [("attacked", 4, True), ("attacked", 4, True), ("student", 8, True), ("guide", 4, False)]
+    assert calls == [("attacked", 4, True), ("attacked", 4, True), ("guide", 4, False), ("student", 8, True)]
 
 
 def test_a_guide_on_clean_images_alone_costs_no_clean_pass_of_the_student(tiny_clip: Clip) -> None:
-    who = learner(tiny_clip, Weights(alpha=0, beta=0, gamma=1))
+    who = learner(tiny_clip, PmgAft(alpha=0, beta=0, gamma=1))
     calls: list[tuple[str, int, bool]] = []
     for name in ("student", "guide"):
         encoder = getattr(who, name)
         encoder.tower = Counting(encoder.tower, calls, name)
     step(who, count=4)
-    assert calls == [("student", 4, True), ("guide", 4, False)]
+    assert calls == [("guide", 4, False), ("student", 4, True)]
 
 
 def test_the_attack_leaves_nothing_in_the_update(tiny_clip: Clip) -> None:
     """The gradient is that of the loss at the adversarial images, as if these had come from elsewhere."""
-    who = learner(tiny_clip, Weights(alpha=0, beta=0))
+    who = learner(tiny_clip, PmgAft(alpha=0, beta=0))
     move(who)
     step(who)
     few = gradients(who)
@@ -168,7 +168,39 @@ def test_the_attack_leaves_nothing_in_the_update(tiny_clip: Clip) -> None:
 def loop_attack(who: Learner, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     from pmgaft.training.step import _attack
 
-    return _attack(who, pixels, labels, range(len(pixels)), THREAT, BUDGET)
+    return _attack(who, pixels, {}, who.targets(labels), range(len(pixels)), THREAT, BUDGET)
+
+
+@pytest.mark.parametrize("kind", sorted(set(OBJECTIVES) - {"tga-zsr"}))
+def test_every_objective_moves_a_convolutional_student(kind: str, tiny_clip: Clip) -> None:
+    who = learner(tiny_clip, OBJECTIVES[kind]())
+    step(who)
+    assert all(bool(torch.isfinite(gradient).all()) for gradient in gradients(who))
+    assert any(bool(gradient.any()) for gradient in gradients(who))
+
+
+def test_fares_attack_moves_away_from_the_guides_features(tiny_clip: Clip) -> None:
+    who = learner(tiny_clip, Fare())
+    measured = step(who)
+    noisy = step(learner(tiny_clip, Fare()), budget=Budget(steps=1, step_size=1e-12))
+    assert measured.terms["feature"] > noisy.terms["feature"] > 0
+
+
+def test_tga_zsr_trains_a_vision_transformer_on_its_patch_tokens(tiny_vit_clip: Clip) -> None:
+    who = learner(tiny_vit_clip, TgaZsr())
+    pixels = images(4)[0]
+    features, tokens = who.student.raw_with_tokens(pixels)
+    torch.testing.assert_close(features, who.student.raw(pixels))
+    assert (len(tokens), tokens.shape[2]) == (4, who.texts.shape[1])
+    measured = step(who)
+    assert set(measured.terms) == {"ce", "attention", "clean_attention"}
+    assert measured.terms["attention"] > 0
+    assert measured.terms["clean_attention"] == pytest.approx(0, abs=1e-4)  # the student is the guide still
+
+
+def test_tga_zsr_refuses_a_tower_without_patch_tokens(tiny_clip: Clip) -> None:
+    with pytest.raises(ModelError, match="patch tokens"):
+        step(learner(tiny_clip, TgaZsr()))
 
 
 def test_the_guide_never_moves_and_batch_statistics_stay_the_originals(tiny_clip: Clip) -> None:
@@ -188,7 +220,7 @@ def test_the_guide_never_moves_and_batch_statistics_stay_the_originals(tiny_clip
 
 
 def test_at_the_first_step_student_and_guide_agree_and_the_guide_says_nothing(tiny_clip: Clip) -> None:
-    measured = step(learner(tiny_clip, Weights(ce=0, beta=0)))
+    measured = step(learner(tiny_clip, PmgAft(ce=0, beta=0)))
     assert measured.terms["guide_adv"] == pytest.approx(0, abs=1e-5)
 
 
@@ -206,7 +238,7 @@ def test_with_eps_zero_the_clean_branch_says_nothing(tiny_clip: Clip) -> None:
 def test_micro_batches_change_no_result(tiny_clip: Clip, reduction: Any) -> None:
     results = []
     for micro_batch in (6, 4, 1):
-        who = learner(tiny_clip, Weights(reduction=reduction, gamma=0.5))
+        who = learner(tiny_clip, PmgAft(reduction=reduction, gamma=0.5))
         move(who)
         measured = step(who, count=6, micro_batch=micro_batch)
         results.append((measured.loss, gradients(who)))
@@ -220,9 +252,7 @@ def test_ordinary_fine_tuning_attacks_nothing(tiny_clip: Clip) -> None:
     who = learner(tiny_clip)
     calls: list[tuple[str, int, bool]] = []
     who.attacked.tower = Counting(who.attacked.tower, calls, "attacked")
-    plain = Learner(
-        **{name: getattr(who, name) for name in Learner.__dataclass_fields__} | {"objective": finetune(Weights())}
-    )
+    plain = Learner(**{name: getattr(who, name) for name in Learner.__dataclass_fields__} | {"objective": Finetune()})
     step(plain)
     assert not calls
 

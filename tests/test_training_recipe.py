@@ -10,20 +10,11 @@ from click.testing import CliRunner, Result
 
 from pmgaft.cli import main
 from pmgaft.errors import RecipeError
-from pmgaft.objectives import Weights
+from pmgaft.objectives import OBJECTIVES, Agft, Caw, PmgAft
 from pmgaft.training.recipe import Recipe, load_recipe, shipped_recipes
 
 MINIMAL = 'model = "mini"\ndata = "skimage"\nsteps = 3\n'
-NEEDS_DATA = {
-    "best",
-    "best-finish",
-    "mini-tinyimagenet",
-    "pmg-aft",
-    "release",
-    "tecoa",
-    "vit-b32-imagenet",
-    "vit-b32-tinyimagenet",
-}
+NEEDS_DATA = set(shipped_recipes()) - {"demo"}
 
 
 def written(tmp_path: Path, text: str) -> str:
@@ -121,15 +112,47 @@ def load_recipe_from_text(text: str) -> Recipe:
 def test_the_shipped_recipes_are_those_that_help_names() -> None:
     shown = " ".join(train("--help").stdout.split())
     assert all(name in shown for name in shipped_recipes())
-    assert set(shipped_recipes()) == NEEDS_DATA | {"demo"}
+
+
+def test_every_objective_has_a_recipe_for_mini_and_for_a_vision_transformer() -> None:
+    for name in OBJECTIVES:
+        vit = load_recipe("vit-b32-tinyimagenet" if name == "pmg-aft" else f"vit-b32-{name}", ["data=x"])
+        assert (vit.objective.name, vit.model) == (name, "ViT-B-32-quickgelu")
+        if name != "tga-zsr":  # needs patch tokens
+            mini = load_recipe(name, ["data=x"])
+            assert (mini.objective.name, mini.model) == (name, "mini")
+    assert load_recipe("vit-b32-release", ["data=x"]).objective == load_recipe("release", ["data=x"]).objective
+
+
+def test_a_recipe_may_build_on_another(tmp_path: Path) -> None:
+    (tmp_path / "below.toml").write_text(MINIMAL + '[attack]\nsteps = 5\n[objective]\nname = "caw"\nalpha = 3.0\n')
+    above = written(tmp_path, 'base = "below.toml"\nlr = 0.5\n[attack]\neps = "2/255"\n[objective]\nbeta = 2.0\n')
+    recipe = load_recipe(above)
+    assert (recipe.model, recipe.lr, recipe.attack.steps, recipe.attack.eps) == ("mini", 0.5, 5, 2 / 255)
+    assert recipe.objective == Caw(alpha=3.0, beta=2.0)
+    other = load_recipe(written(tmp_path, 'base = "below.toml"\n[objective]\nname = "agft"\n'))
+    assert other.objective == Agft()
+    assert "base" not in recipe.to_toml()
+
+
+def test_a_recipe_that_builds_on_itself_or_on_nothing_is_refused(tmp_path: Path) -> None:
+    assert problems(written(tmp_path, 'base = "recipe.toml"\n'))[0].startswith("base: ")
+    assert problems(written(tmp_path, "base = 3\n"))[0].startswith("base: ")
+    assert "no recipe 'tecao'; did you mean tecoa?" in problems(written(tmp_path, 'base = "tecao"\n'))[0].replace(
+        "\n", ""
+    )
+
+
+def test_another_objectives_setting_is_refused_with_the_objective_named(tmp_path: Path) -> None:
+    found = problems(written(tmp_path, MINIMAL + '[objective]\nname = "caw"\nalhpa = 1.0\n'))
+    assert found == ["objective.alhpa: caw has no such setting; did you mean alpha?"]
+    assert "no objective 'cow'; did you mean caw?" in problems(written(tmp_path, MINIMAL), "objective.name=cow")[0]
 
 
 def test_pmg_aft_is_what_the_paper_says_and_release_what_its_code_does() -> None:
     paper, release = (load_recipe(name, ["data=x"]).objective for name in ("pmg-aft", "release"))
-    assert paper.weights() == Weights()
-    assert paper.logit_scale == "model"
-    assert release.weights() == Weights(reduction="sum")
-    assert release.logit_scale == 1.0
+    assert paper == PmgAft()
+    assert release == PmgAft(reduction="sum", logit_scale=1.0)
     for name in ("pmg-aft", "release", "vit-b32-tinyimagenet", "vit-b32-imagenet"):
         attack = load_recipe(name, ["data=x"]).attack
         assert (attack.eps, attack.step_size, attack.steps, attack.random_start) == (1 / 255, 1 / 255, 2, True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,22 @@ class PixelEncoder(nn.Module):
         """pixels: float32 [B, 3, H, W] in [0, 1] -> features [B, D] as the tower gives them, of any length."""
         features: Tensor = self.tower((pixels - self.mean) / self.std)
         return features
+
+    def raw_with_tokens(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels as for `raw` -> (raw features [B, D], those of the L patches in the same space [B, L, D]).
+
+        Raises: ModelError for a tower that is no vision transformer of open_clip, or one that pools with attention.
+        """
+        tower: Any = self.tower
+        if not hasattr(tower, "class_embedding") or tower.attn_pool is not None:
+            kind = type(tower).__name__
+            raise ModelError(f"the image tower ({kind}) has no patch tokens in the feature space; take a ViT")
+        found = tower.forward_intermediates(
+            (pixels - self.mean) / self.std, indices=1, normalize_intermediates=True, output_fmt="NLC"
+        )
+        features: Tensor = found["image_features"]
+        tokens: Tensor = found["image_intermediates"][0]
+        return features, tokens if tower.proj is None else tokens @ tower.proj
 
     def forward(self, pixels: Tensor) -> Tensor:
         """pixels: float32 [B, 3, H, W] in [0, 1] -> features [B, D] of unit length."""

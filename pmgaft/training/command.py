@@ -36,8 +36,10 @@ def train(
     RECIPE is a TOML file, or the name of a shipped one:
 
     \b
-      demo, pmg-aft, best, best-finish, tecoa, release, mini-tinyimagenet
-      vit-b32-tinyimagenet, vit-b32-imagenet
+      demo, best, best-finish, mini-tinyimagenet
+      pmg-aft, release, tecoa, fare, caw, agft, ucat, finetune
+      vit-b32-tinyimagenet, vit-b32-imagenet, vit-b32-release, vit-b32-tecoa, vit-b32-fare
+      vit-b32-caw, vit-b32-agft, vit-b32-ucat, vit-b32-tga-zsr, vit-b32-finetune
 
     \b
     Example:

@@ -36,7 +36,6 @@ from pmgaft.data import ImageSet, loader, open_dataset
 from pmgaft.data.subset import Subset
 from pmgaft.errors import CheckpointError, InputError, PmgaftError, RecipeError
 from pmgaft.evaluation.run import Protocol, judge, nothing_in_place
-from pmgaft.objectives import OBJECTIVES
 from pmgaft.threat import ThreatModel
 from pmgaft.training.checkpoint import (
     Checkpoint,
@@ -190,7 +189,7 @@ class _Run:
             student=student,
             attacked=freeze(frozen_view(student)),
             guide=guide,
-            objective=OBJECTIVES[recipe.objective.name](recipe.objective.weights()),
+            objective=recipe.objective,
             texts=texts,
             guide_texts=texts if words == list(class_names) else label_features(clip.text.encode, words, templates),
             scale=clip.logit_scale if scale == "model" else scale,

@@ -13,7 +13,7 @@ import tomli_w
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
 
 from pmgaft.errors import RecipeError, ThreatError
-from pmgaft.objectives import OBJECTIVES, Direction, Reduction, Weights
+from pmgaft.objectives import OBJECTIVES, AnyObjective, PmgAft
 from pmgaft.threat import format_eps, parse_eps
 
 
@@ -33,6 +33,11 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
+def _named(objective: object) -> object:
+    """A table without a name is PMG-AFT's."""
+    return {"name": PmgAft().name} | objective if isinstance(objective, dict) else objective
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -49,35 +54,6 @@ class AttackRecipe(_Section):
     random_start: bool = True
     ramp: Share = 0.0
     """Share of the run over which eps rises linearly from 0."""
-
-
-class ObjectiveRecipe(_Section):
-    """Which loss, and its weights (see pmgaft.objectives)."""
-
-    name: Literal["pmg-aft", "tecoa", "finetune"] = "pmg-aft"
-    ce: Weight = 1.0
-    """Cross entropy against the labels."""
-    alpha: Weight = 1.0
-    """KL to the guide's answer to the adversarial image."""
-    beta: Weight = 1.0
-    """KL to the student's own answer to the clean image."""
-    gamma: Weight = 0.0
-    """KL to the guide's answer to the clean image."""
-    feature: Weight = 0.0
-    """Squared distance of raw features from the guide's of the clean image."""
-    kl_direction: Direction = "teacher-first"
-    reduction: Reduction = "batchmean"
-    """Of the KL terms over the batch; the cross entropy is always the mean."""
-    detach_clean: bool = False
-    logit_scale: Literal["model"] | Positive = "model"
-    """The model's own, or a number; 1 switches it off."""
-    guide_texts: str = "classes"
-    """What the guide speaks over: "classes" (of the training set), or a word list: "imagenet-names", or a file's
-    path."""
-
-    def weights(self) -> Weights:
-        """The settings as the objectives take them."""
-        return Weights(**{name: getattr(self, name) for name in Weights.__dataclass_fields__})
 
 
 class Recipe(_Section):
@@ -137,7 +113,8 @@ class Recipe(_Section):
     """Steps; hold-out accuracy is measured then, too."""
 
     attack: AttackRecipe = AttackRecipe()
-    objective: ObjectiveRecipe = ObjectiveRecipe()
+    objective: Annotated[AnyObjective, Field(discriminator="name"), BeforeValidator(_named)] = PmgAft()
+    """Which loss, and its settings (see pmgaft.objectives)."""
 
     def to_toml(self) -> str:
         """The recipe as resolved, every default written out."""
@@ -170,7 +147,8 @@ def _shipped() -> Any:
     return resources.files("pmgaft.training") / "recipes"
 
 
-def _read(where: str) -> dict[str, Any]:
+def _read(where: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The values in a recipe, laid over those of its `base` (a shipped recipe, or a file beside it) if it has one."""
     path = Path(where)
     if path.is_file():
         text, name = path.read_text(encoding="utf-8"), str(path)
@@ -180,9 +158,26 @@ def _read(where: str) -> dict[str, Any]:
         kind = "no such file" if path.suffix == ".toml" else f"no recipe {where!r}"
         raise RecipeError(f"{kind}{_did_you_mean(where, shipped_recipes())}; shipped: {', '.join(shipped_recipes())}")
     try:
-        return tomllib.loads(text)
+        values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise RecipeError(f"{name} is not TOML: {error}") from error
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or name in seen:
+        raise RecipeError(f"base: {name} must name another recipe, not {base!r}")
+    beside = path.parent / base
+    return _laid_over(_read(str(beside) if beside.is_file() else base, (*seen, name)), values)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Table by table and key by key; but another objective brings its own settings, none of those below."""
+    merged = below | above
+    for key, table in below.items():
+        if isinstance(table, dict) and isinstance(above.get(key), dict):
+            changed = key == "objective" and above[key].get("name", table.get("name")) != table.get("name")
+            merged[key] = above[key] if changed else table | above[key]
+    return merged
 
 
 def _set(values: dict[str, Any], setting: str) -> str | None:
@@ -211,27 +206,29 @@ def _cross_checks(values: Mapping[str, Any]) -> list[str]:
         problems.append(f"{lengths[1]}: the run's length is already set by {lengths[0]}; keep one of them")
     if not lengths and values.get("minutes") is None:
         problems.append("epochs: say how long the run is, with one of epochs, steps, images and minutes")
-    objective = values.get("objective")
-    if isinstance(objective, dict) and objective.get("name") in set(OBJECTIVES) - {"pmg-aft"}:
-        foreign = sorted(set(objective) & set(Weights.__dataclass_fields__) - {"ce"})
-        problems += [f"objective.{key}: {objective['name']} has no such term" for key in foreign]
     return problems
 
 
 def _sentence(detail: Mapping[str, Any]) -> str:
     location = [str(part) for part in detail["loc"]]
+    if detail["type"] == "union_tag_invalid":
+        name = str(detail["ctx"]["tag"])
+        return f"objective.name: no objective {name!r}{_did_you_mean(name, list(OBJECTIVES))}; {', '.join(OBJECTIVES)}"
+    objective = location.pop(1) if location[0] == "objective" and len(location) > 1 else ""
     key = ".".join(location)
-    if detail["type"] == "extra_forbidden":
-        return f"{key}: no such setting{_did_you_mean(location[-1], _fields(location[:-1]))}"
+    if detail["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        owner = f"{objective} has " if objective else ""
+        return f"{key}: {owner}no such setting{_did_you_mean(location[-1], _fields(location[:-1], objective))}"
     if detail["type"] == "missing":
         return f"{key}: missing"
     message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return f"{key}: {message[0].lower()}{message[1:]}, not {detail['input']!r}"
 
 
-def _fields(tables: Sequence[str]) -> list[str]:
-    sections: dict[str, type[_Section]] = {"attack": AttackRecipe, "objective": ObjectiveRecipe}
-    return list(sections.get(".".join(tables), Recipe).model_fields)
+def _fields(tables: Sequence[str], objective: str) -> list[str]:
+    if objective:
+        return list(OBJECTIVES[objective].__dataclass_fields__)
+    return list((AttackRecipe if tables else Recipe).model_fields)
 
 
 def _did_you_mean(word: str, known: Sequence[str]) -> str:

@@ -9,13 +9,14 @@ import copy
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from pmgaft.attacks import Budget, cross_entropy_loss, pgd
+from pmgaft.attacks import Budget, pgd
 from pmgaft.clip.image import PixelEncoder
-from pmgaft.objectives import Encoding, Objective, Targets, cosine_logits, weighted
+from pmgaft.objectives import Encoding, Objective, Targets, weighted
 from pmgaft.threat import ThreatModel
 
 
@@ -82,9 +83,12 @@ def accumulate_gradients(
     measured: dict[str, list[Tensor]] = defaultdict(list)
     for start in range(0, batch, micro_batch):
         part = slice(start, start + micro_batch)
-        adversarial, zero_share = _attack(learner, pixels[part], labels[part], seeds[part], threat, budget)
-        encodings = _encode(learner, pixels[part], adversarial)
-        terms = learner.objective.terms(encodings, learner.targets(labels[part]))
+        targets = learner.targets(labels[part])
+        encodings = _encode("guide", learner, {"clean": pixels[part]})
+        adversarial, zero_share = _attack(learner, pixels[part], encodings, targets, seeds[part], threat, budget)
+        encodings |= _encode("guide", learner, {"adv": adversarial})
+        encodings |= _encode("student", learner, {"adv": adversarial, "clean": pixels[part]})
+        terms = learner.objective.terms(encodings, targets)
         loss = weighted(terms, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         measured["loss"].append(loss.detach())
@@ -96,15 +100,21 @@ def accumulate_gradients(
 
 
 def _attack(
-    learner: Learner, pixels: Tensor, labels: Tensor, seeds: Sequence[int], threat: ThreatModel, budget: Budget
+    learner: Learner,
+    pixels: Tensor,
+    seen: dict[Encoding, Tensor],
+    targets: Targets,
+    seeds: Sequence[int],
+    threat: ThreatModel,
+    budget: Budget,
 ) -> tuple[Tensor, Tensor]:
-    """Adversarial images [n, 3, H, W] against the student's cross entropy, and their zero gradient shares [n]."""
-    if not learner.objective.reads & {"student_adv", "guide_adv"}:
-        return pixels, torch.zeros(len(pixels))
+    """Adversarial images [n, 3, H, W] that raise what the objective attacks, and their zero gradient shares [n]."""
+    if not any("_adv" in encoding for encoding in learner.objective.reads):
+        return pixels, torch.zeros(len(pixels), device=pixels.device)
     found = pgd(
-        lambda x, rows: cosine_logits(learner.attacked.raw(x), learner.texts, learner.scale),
+        lambda x, _: learner.attacked.raw(x),
         pixels,
-        cross_entropy_loss(labels),
+        lambda features, _: learner.objective.inner(features, seen, targets),  # all rows stay to the end
         threats=[threat] * len(pixels),
         budgets=[budget] * len(pixels),
         seeds=seeds,
@@ -113,18 +123,27 @@ def _attack(
     return found.pixels, found.zero_gradient_share
 
 
-def _encode(learner: Learner, pixels: Tensor, adversarial: Tensor) -> dict[Encoding, Tensor]:
-    """What the objective reads and nothing else; student and guide run once each, over one batch."""
-    images = {"adv": adversarial, "clean": pixels}
-    encodings: dict[Encoding, Tensor] = {}
-    sides: list[tuple[PixelEncoder, tuple[Encoding, Encoding]]] = [
-        (learner.student, ("student_adv", "student_clean")),
-        (learner.guide, ("guide_adv", "guide_clean")),
-    ]
-    for encoder, names in sides:
-        read = [name for name in names if name in learner.objective.reads]
-        if read:
-            with torch.set_grad_enabled(encoder is learner.student):
-                features = encoder.raw(torch.cat([images[name.partition("_")[2]] for name in read]))
-            encodings.update(zip(read, features.chunk(len(read)), strict=True))
-    return encodings
+def _encode(
+    who: Literal["student", "guide"], learner: Learner, images: dict[Literal["adv", "clean"], Tensor]
+) -> dict[Encoding, Tensor]:
+    """What the objective reads of these images and nothing else, in one pass over one batch."""
+    reads = learner.objective.reads
+    with_tokens = any(name.startswith(who) and name.endswith("_tokens") for name in reads)
+    sides = [side for side in images if any(name.startswith(f"{who}_{side}") for name in reads)]
+    if not sides:
+        return {}
+    encoder = learner.student if who == "student" else learner.guide
+    batch = torch.cat([images[side] for side in sides])
+    with torch.set_grad_enabled(who == "student"):
+        outputs = {"": encoder.raw(batch)} if not with_tokens else _with_tokens(encoder, batch)
+    found = {
+        f"{who}_{side}{suffix}": part
+        for suffix, output in outputs.items()
+        for side, part in zip(sides, output.chunk(len(sides)), strict=True)
+    }
+    return {name: found[name] for name in reads if name in found}
+
+
+def _with_tokens(encoder: PixelEncoder, pixels: Tensor) -> dict[str, Tensor]:
+    features, tokens = encoder.raw_with_tokens(pixels)
+    return {"": features, "_tokens": tokens}
