@@ -138,18 +138,27 @@ def fill(template: str, label: str) -> str:
     return template.replace("{}", label)
 
 
+def prompts(labels: Sequence[str], templates: Sequence[str]) -> list[str]:
+    """Every label in every template, label by label. Raises: LabelsError (template_invalid)."""
+    if not templates:
+        raise LabelsError("at least one template is needed", field="templates", code="template_invalid")
+    return [fill(template, label) for label in labels for template in templates]
+
+
+def mean_over_templates(features: Tensor, templates: int) -> Tensor:
+    """Unit features [K * T, D] of `prompts` -> one unit feature a label, [K, D]: the mean, at unit length again.
+
+    Source: Radford et al. 2021, section 3.1.4.
+    """
+    mean = features.view(-1, templates, features.shape[-1]).mean(dim=1)
+    return torch.nn.functional.normalize(mean, dim=-1)
+
+
 def label_features(
     encode: Callable[[Sequence[str]], Tensor], labels: Sequence[str], templates: Sequence[str] = DEFAULT_TEMPLATES
 ) -> Tensor:
-    """One unit feature a label, [K, D]: the mean of its templates' unit features, brought to unit length again.
-
-    Raises: LabelsError (template_invalid, label_too_long). Source: Radford et al. 2021, section 3.1.4.
-    """
-    if not templates:
-        raise LabelsError("at least one template is needed", field="templates", code="template_invalid")
-    features = encode([fill(template, label) for label in labels for template in templates])
-    mean = features.view(len(labels), len(templates), -1).mean(dim=1)
-    return torch.nn.functional.normalize(mean, dim=-1)
+    """One unit feature a label, [K, D]. Raises: LabelsError (template_invalid, label_too_long)."""
+    return mean_over_templates(encode(prompts(labels, templates)), len(templates))
 
 
 def check_labels(labels: object, *, most: int, longest: int) -> None:
