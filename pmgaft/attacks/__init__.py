@@ -1,6 +1,7 @@
 """Attacks as pure functions over "pixels -> logits"; they know nothing of CLIP."""
 
-from pmgaft.attacks.losses import Loss, Success, cross_entropy_loss, margin_loss, misclassified
+from pmgaft.attacks.apgd import apgd
+from pmgaft.attacks.losses import Loss, Success, cross_entropy_loss, dlr_loss, margin_loss, misclassified
 from pmgaft.attacks.pgd import pgd
 from pmgaft.attacks.search import Adversarial, Budget, Expired, LogitsOf
 
@@ -11,7 +12,9 @@ __all__ = [
     "LogitsOf",
     "Loss",
     "Success",
+    "apgd",
     "cross_entropy_loss",
+    "dlr_loss",
     "margin_loss",
     "misclassified",
     "pgd",

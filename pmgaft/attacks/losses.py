@@ -13,6 +13,8 @@ from torch import Tensor
 Loss = Callable[[Tensor, Tensor], Tensor]
 Success = Callable[[Tensor, Tensor], Tensor]
 
+_DIVISOR_GUARD = 1e-12
+
 
 def cross_entropy_loss(labels: Tensor) -> Loss:
     """Cross entropy of the labels as log odds, ln((1 - p) / p): [n], grows without bound.
@@ -38,6 +40,22 @@ def margin_loss(labels: Tensor) -> Loss:
     def loss(logits: Tensor, rows: Tensor) -> Tensor:
         own, others = _split(logits, labels[rows])
         return others.amax(dim=1) - own
+
+    return loss
+
+
+def dlr_loss(labels: Tensor) -> Loss:
+    """Difference of logits ratio, (max other logit - label's) / (largest - third largest logit): [n].
+
+    From -1 to 0 while the label leads, positive where it has lost. Free of the logits' scale and offset. Needs three
+    classes that are there: with two, the third largest logit is -inf and the ratio 0 everywhere. Source: Croce and Hein
+    2020 (arXiv 2003.01690), equation 6; the guard against a vanishing divisor, 1e-12, is theirs.
+    """
+
+    def loss(logits: Tensor, rows: Tensor) -> Tensor:
+        own, others = _split(logits, labels[rows])
+        top = logits.topk(3, dim=1).values
+        return (others.amax(dim=1) - own) / (top[:, 0] - top[:, 2] + _DIVISOR_GUARD)
 
     return loss
 

@@ -6,13 +6,24 @@ feels its neighbours.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pmgaft.attacks.losses import Loss, Success
-from pmgaft.attacks.search import Adversarial, Budget, Expired, LogitsOf, Search, as_pixels, float32_gradients, per_row
+from pmgaft.attacks.search import (
+    Adversarial,
+    Budget,
+    Expired,
+    LogitsOf,
+    Search,
+    Walk,
+    as_pixels,
+    float32_gradients,
+    per_row,
+)
 from pmgaft.errors import ThreatError
 from pmgaft.threat import ThreatModel
 
@@ -47,52 +58,40 @@ def pgd(
         raise ThreatError("several restarts need keep='best'", field="restarts", code="restarts_invalid")
     with float32_gradients(pixels.device):
         search = Search(logits_of, pixels, loss, success, threats, budgets, seeds, expired=expired, starts=starts)
-        steps = [budget.step_for(threat.eps) for threat, budget in zip(threats, budgets, strict=True)]
-        step = as_pixels(search.per_row(steps, torch.float32))
+        sizes = [budget.step_for(threat.eps) for threat, budget in zip(threats, budgets, strict=True)]
+        step = as_pixels(search.per_row(sizes, torch.float32))
+        everyone = torch.arange(len(pixels), device=pixels.device)
         if keep == "last":
-            _run_blind(search, step)
+            _run_blind(search, _ConstantSteps(everyone, search.starting_points(0), search.balls, search.steps, step))
             return search.result()
         search.check_pixels()
         for restart in range(search.restarts):
-            _run_judged(search, step, restart)
+            walk = _ConstantSteps(everyone, search.starting_points(restart), search.balls, search.steps, step)
+            search.climb(walk[search.still_open(restart)])
         return search.result()
 
 
-def _run_blind(search: Search, step: Tensor) -> None:
+@dataclass(slots=True)
+class _ConstantSteps(Walk):
+    """step: pixel units, [n, 1, 1, 1]."""
+
+    step: Tensor
+
+    def move(self, taken: int, losses: Tensor, gradient: Tensor) -> None:
+        self.x = self.balls.project(self.x.detach() + self.step * self.balls.ascent(gradient))
+
+
+def _run_blind(search: Search, walk: Walk) -> None:
     """All steps, no judging. Which rows are done is known from the budgets, so that nothing waits for the device."""
     rows = list(range(len(search.budgets)))
-    index, balls, x = torch.arange(len(rows), device=search.device), search.balls, search.starting_points(0)
     for taken in range(max((b.steps for b in search.budgets), default=0)):
         staying = [place for place, row in enumerate(rows) if search.budgets[row].steps > taken]
         if len(staying) < len(rows):
-            search.best[index] = x
-            places = per_row(staying, torch.int64, search.device)
-            index, balls, x, step = index[places], balls.take(places), x[places], step[places]
+            search.best[walk.index] = walk.x
+            walk = walk[per_row(staying, torch.int64, search.device)]
             rows = [rows[place] for place in staying]
-        x = x.detach().requires_grad_()
-        gradient = search.gradient(x, index, search.losses(search.logits(x, index), index))
-        x = balls.project(x.detach() + step * balls.ascent(gradient))
-    search.best[index] = x
+        x = walk.x.detach().requires_grad_()
+        losses = search.losses(search.logits(x, walk.index), walk.index)
+        walk.move(taken, losses.detach(), search.gradient(x, walk.index, losses))
+    search.best[walk.index] = walk.x
     search.best_loss.fill_(torch.nan)
-
-
-def _run_judged(search: Search, step: Tensor, restart: int) -> None:
-    """Judge every iterate; rows leave when broken, not finite, out of steps or out of time."""
-    index = search.still_open(restart)
-    steps, step = search.steps[index], step[index]
-    balls, x = search.balls.take(index), search.starting_points(restart)[index]
-    longest = int(steps.max()) if len(index) else -1
-    for taken in range(longest + 1):
-        late = search.late(index)
-        x = x.detach().requires_grad_(taken < longest)
-        logits = search.logits(x, index)
-        losses = search.losses(logits, index)
-        leaves = search.leaving(x, index, logits, losses, late=late, out_of_steps=steps <= taken)
-        staying = len(index) - int(leaves.sum())
-        if not staying:
-            return
-        gradient = search.gradient(x, index, losses, ~leaves)
-        x = balls.project(x.detach() + step * balls.ascent(gradient))
-        if staying < len(index):
-            places = (~leaves).nonzero()[:, 0]
-            index, balls, x, step, steps = index[places], balls.take(places), x[places], step[places], steps[places]

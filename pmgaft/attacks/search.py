@@ -30,9 +30,9 @@ Expired = Callable[[Tensor], Tensor]
 class Budget:
     """What an attack may spend on one row.
 
-    steps: gradients per restart (queries, for attacks without gradients), at least 1. step_size: in pixel units, for
-    attacks of constant step; None is 2.5 eps / steps. restarts: independent tries from other random starts, at least 1.
-    random_start: begin anywhere in the ball instead of at the image.
+    steps: gradients per restart (queries, for attacks without gradients), at least 1. step_size: in pixel units; None
+    leaves it to the attack: 2.5 eps / steps for `pgd`, 2 eps at first for `apgd`. restarts: independent tries from
+    other random starts, at least 1. random_start: begin anywhere in the ball instead of at the image.
     Raises: ThreatError for values that make no sense.
     """
 
@@ -82,16 +82,14 @@ class Adversarial:
 
 
 class Rows:
-    """A dataclass of tensors whose first dimension is rows; None stands for what no row has."""
+    """A dataclass of tensors, or of further Rows, whose first dimension is rows; None is what no row has."""
 
     __slots__ = ()
 
-    def take(self, rows: Tensor) -> Self:
+    def __getitem__(self, places: Tensor) -> Self:
         """Some of the rows: positions int64 [m]."""
-        return type(self)(*(None if v is None else v[rows] for v in self._values()))
-
-    def _values(self) -> Iterator[Tensor | None]:
-        return (getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+        values = (getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+        return type(self)(*(None if value is None else value[places] for value in values))
 
 
 @dataclass(slots=True)
@@ -140,6 +138,23 @@ class Balls(Rows):
         return self.project(self.origin + self.eps * noise)
 
 
+@dataclass(slots=True)
+class Walk(Rows):
+    """The n rows in play of one restart, and how they move.
+
+    index: positions in the batch, int64 [n]. x: [n, 3, H, W]. steps: int64 [n], the budget.
+    """
+
+    index: Tensor
+    x: Tensor
+    balls: Balls
+    steps: Tensor
+
+    def move(self, taken: int, losses: Tensor, gradient: Tensor) -> None:
+        """Put x one step further, given its losses [n] and their gradient [n, 3, H, W], after `taken` steps."""
+        raise NotImplementedError
+
+
 class Search:
     """One attack on one batch: the facts about each row, and the best found for it so far.
 
@@ -186,8 +201,8 @@ class Search:
         """The most that any row is entitled to."""
         return max((b.restarts for b in self.budgets), default=0)
 
-    def per_row(self, values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        """One value a row: [B]."""
+    def per_row(self, values: Sequence[float] | Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:
+        """One value a row, [B], or several, [B, values]."""
         return per_row(values, dtype, self.device)
 
     def check_pixels(self) -> None:
@@ -223,17 +238,35 @@ class Search:
         """[n]."""
         return self._loss(logits, index)
 
-    def late(self, index: Tensor) -> Tensor:
+    def climb(self, walk: Walk) -> None:
+        """Judge every iterate; rows leave when broken, not finite, out of steps or out of time. Waits for the device
+        once an iterate, to learn who leaves."""
+        longest = int(walk.steps.max()) if len(walk.index) else -1
+        for taken in range(longest + 1):
+            late = self._late(walk.index)
+            x = walk.x.detach().requires_grad_(taken < longest)
+            logits = self.logits(x, walk.index)
+            losses = self.losses(logits, walk.index)
+            leaves = self.judge(x, walk.index, logits, losses, late=late, out_of_steps=walk.steps <= taken)
+            staying = len(leaves) - int(leaves.sum())
+            if not staying:
+                return
+            gradient = self.gradient(x, walk.index, losses, ~leaves)
+            walk.move(taken, losses.detach(), gradient)
+            if staying < len(leaves):
+                walk = walk[(~leaves).nonzero()[:, 0]]
+
+    def _late(self, index: Tensor) -> Tensor:
         """Rows out of time: bool [n]."""
         if self._expired is None:
             return torch.zeros_like(index, dtype=torch.bool)
         return self._expired(index)
 
-    def leaving(
+    def judge(
         self, x: Tensor, index: Tensor, logits: Tensor, losses: Tensor, *, late: Tensor, out_of_steps: Tensor
     ) -> Tensor:
-        """Judge this iterate: keep what is better than before; bool [n], true where nothing is left to search, or
-        nothing to search with."""
+        """Keep what is better than before; bool [n], true where nothing is left to search, or nothing to search
+        with."""
         logits, losses = logits.detach(), losses.detach()
         finite = losses.isfinite()
         broken = finite & self._success(logits, index) if self._success else torch.zeros_like(finite)
@@ -279,8 +312,8 @@ def float32_gradients(device: torch.device) -> Iterator[None]:
         yield
 
 
-def per_row(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[B] on the device, which nobody waits for."""
+def per_row(values: Sequence[float] | Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[B], or [B, values], on the device, which nobody waits for."""
     return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
 
 
