@@ -1,6 +1,9 @@
-"""Which device to compute on."""
+"""Which device to compute on, and how exactly."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -25,6 +28,22 @@ def pick_device(name: str = "auto") -> torch.device:
         seen = f"only {gpus} GPU{'s are' if gpus > 1 else ' is'}" if gpus else "no GPU is"
         raise _device_error(f"device {name} was asked for, but {seen} visible to torch; use --device auto or cpu")
     return torch.device("cuda", number)
+
+
+@contextmanager
+def float32_products(*, tf32: bool) -> Iterator[None]:
+    """While it lasts, GPUs multiply float32 in full, or with factors rounded to TF32's 10 bits. Elsewhere nothing
+    changes.
+
+    torch by itself rounds in convolutions and not in matrix products.
+    """
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def _device_error(message: str) -> InputError:

@@ -25,7 +25,7 @@ from pmgaft.data import open_dataset
 from pmgaft.errors import CheckpointError, InputError, ModelError, PmgaftError, RecipeError
 from pmgaft.objectives import OBJECTIVES, AnyObjective, Fare, Finetune, PmgAft, TgaZsr
 from pmgaft.threat import ThreatModel
-from pmgaft.training import loop
+from pmgaft.training import parts
 from pmgaft.training.checkpoint import load_newest
 from pmgaft.training.folding import unfold_batchnorm
 from pmgaft.training.loop import train
@@ -41,7 +41,7 @@ BUDGET = Budget(steps=2, step_size=1 / 255)
 @pytest.fixture(autouse=True)
 def one_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs share the loaded model, which none of them may change: it is loaded once for all tests."""
-    monkeypatch.setattr(loop, "load_clip", _loaded)
+    monkeypatch.setattr(parts, "load_clip", _loaded)
 
 
 _loaded = functools.cache(load_clip)
@@ -242,9 +242,9 @@ def test_micro_batches_change_no_result(tiny_clip: Clip, reduction: Any) -> None
         move(who)
         measured = step(who, count=6, micro_batch=micro_batch)
         results.append((measured.loss, gradients(who)))
-    for loss, parts in results[1:]:
+    for loss, found in results[1:]:
         assert loss == pytest.approx(results[0][0], rel=1e-4)
-        for one, other in zip(parts, results[0][1], strict=True):
+        for one, other in zip(found, results[0][1], strict=True):
             torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-3 * float(other.abs().max()))
 
 
@@ -382,7 +382,7 @@ def test_text_features_are_computed_once_a_run(
         clip.text_tower.register_forward_hook(lambda *_: calls.update(["text"]))
         return clip
 
-    monkeypatch.setattr(loop, "load_clip", counted)
+    monkeypatch.setattr(parts, "load_clip", counted)
     words = tmp_path / "words.txt"
     words.write_text("cat\ndog\nhouse\n")
     run(recipe(tiny_vit_clip_dir, shards, objective={"gamma": 1, "guide_texts": str(words)}), tmp_path / "run")
@@ -554,7 +554,7 @@ def test_training_pictures_may_have_another_size_where_the_tower_takes_it(
 
 def test_held_out_images_are_never_trained_on(shards: Path) -> None:
     whole = open_dataset(str(shards), "train")
-    training, held = loop.split(whole, 0.25, seed=3)
+    training, held = parts.split(whole, 0.25, seed=3)
     assert (len(training), len(held)) == (36, 12)
     images = [part.read(i) for part in (training, held) for i in range(len(part))]
     assert sorted(images) == sorted(whole.read(i) for i in range(len(whole)))

@@ -178,7 +178,7 @@ def test_the_command_trains_and_says_where_the_model_is(tiny_vit_clip_dir: Path,
 
 
 def test_the_word_list_of_imagenet_has_its_thousand_names() -> None:
-    from pmgaft.training.loop import guide_words
+    from pmgaft.training.parts import guide_words
 
     words = guide_words("imagenet-names", ["a", "b"])
     assert len(words) == 1000

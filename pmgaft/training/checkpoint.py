@@ -15,16 +15,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pmgaft.errors import CheckpointError
+from pmgaft.errors import CheckpointError, PmgaftError, first_line
+from pmgaft.training.spread import fill, whole
 
 KEEP = 2
 """Checkpoints kept; older ones are removed once a newer one is in place."""
@@ -51,9 +54,27 @@ class Checkpoint:
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
-    """Write `directory`/step-N beside its place and rename it there; then remove all but the newest two."""
+    """Write `directory`/step-N beside its place and rename it there; then remove all but the newest two.
+
+    Raises: PmgaftError where it cannot be written; then nothing of it is left, and what was there before still is.
+    """
     target = directory / f"step-{checkpoint.position.step}"
     scratch = directory / f".step-{checkpoint.position.step}.{os.getpid()}"
+    with writing(f"the checkpoint of step {checkpoint.position.step}", directory):
+        try:
+            _write(scratch, checkpoint)
+            if target.exists():
+                shutil.rmtree(target)
+            scratch.rename(target)
+            _to_disk(directory)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    for old in _newest_first(directory)[KEEP:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def _write(scratch: Path, checkpoint: Checkpoint) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     parts = {"weights": checkpoint.weights, "optimizer": checkpoint.optimizer, "average": checkpoint.average}
@@ -67,13 +88,33 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
     (scratch / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     for path in scratch.iterdir():
         _to_disk(path)
-    if target.exists():
-        shutil.rmtree(target)
-    scratch.rename(target)
-    _to_disk(directory)
-    for old in _newest_first(directory)[KEEP:]:
-        shutil.rmtree(old, ignore_errors=True)
-    return target
+
+
+@contextmanager
+def writing(what: str, checkpoints: Path) -> Iterator[None]:
+    """Turn a failed write of `what` into a PmgaftError that says why, and what to go on from."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise PmgaftError(f"{what} could not be written: {why}; make room, and {advice(checkpoints)}") from error
+
+
+def advice(checkpoints: Path) -> str:
+    """How to go on after a mistake, as the end of a sentence."""
+    newest = next(iter(_newest_first(checkpoints)), None)
+    if newest is None:
+        return "start anew in another --output-dir: there is no checkpoint yet"
+    return f"go on with --resume from {newest}, the newest whole checkpoint"
+
+
+def sweep(directory: Path) -> None:
+    """Remove what a process that was killed left half written in a run's directory."""
+    for left in [*directory.glob(".*"), *(directory / "checkpoints").glob(".*")]:
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def load_newest(directory: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
@@ -112,10 +153,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as flat tensors; its settings come from the recipe."""
+    """The optimiser's state as flat tensors, whole; its settings come from the recipe. All ranks must ask together."""
     state: dict[int, dict[str, Tensor | None]] = optimizer.state_dict()["state"]
     return {
-        f"{parameter}.{name}": value
+        f"{parameter}.{name}": whole(value)
         for parameter, tensors in state.items()
         for name, value in tensors.items()
         if value is not None
@@ -123,16 +164,16 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Undo `optimizer_tensors`."""
-    state: dict[int, dict[str, Tensor]] = {}
+    """Undo `optimizer_tensors`: on the parameters' device, in their memory format, each rank its share of them."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, value in tensors.items():
-        parameter, _, name = key.partition(".")
-        state.setdefault(int(parameter), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    for weight, restored in optimizer.state.items():
-        for key, tensor in list(restored.items()):
-            if tensor.shape == weight.shape:  # in the parameter's memory format, which files do not keep
-                restored[key] = torch.empty_like(weight).copy_(tensor)
+        number, _, name = key.partition(".")
+        parameter = parameters[int(number)]
+        state = value.clone()
+        if value.shape == parameter.shape:
+            state = torch.empty_like(parameter, requires_grad=False)
+            fill(state, value)
+        optimizer.state[parameter][name] = state
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -4,21 +4,22 @@ RUN/recipe.toml           the recipe as resolved
 RUN/log.jsonl             one JSON object a line: start, step, judged, checkpoint, resume, end
 RUN/checkpoints/step-N/   see pmgaft.training.checkpoint
 RUN/model/                the trained model in open_clip's local-dir form
+RUN/visual.safetensors    its image tower alone
 RUN/report.md             what was done and what came out
+
+Under torchrun every rank runs all of this on its part of each batch; the first one writes and speaks.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import json
 import math
+import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from importlib import resources
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -26,112 +27,102 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pmgaft.attacks import Budget
-from pmgaft.clip.image import PixelEncoder, fold_batchnorm, freeze, frozen_copy
-from pmgaft.clip.loading import Clip, load_clip, save_local_dir, tensors_hash
-from pmgaft.clip.preprocess import PreprocessSpec
-from pmgaft.clip.text import label_features
-from pmgaft.data import ImageSet, loader, open_dataset
+from pmgaft.clip.loading import tensors_hash
+from pmgaft.data import Batch, loader
 from pmgaft.data.subset import Subset
-from pmgaft.errors import CheckpointError, InputError, PmgaftError, RecipeError
-from pmgaft.evaluation.run import Protocol, judge, nothing_in_place
+from pmgaft.device import float32_products
+from pmgaft.errors import CheckpointError, InputError
+from pmgaft.ranks import Ranks, joined
 from pmgaft.threat import ThreatModel
 from pmgaft.training.checkpoint import (
     Checkpoint,
     Position,
+    advice,
     load_newest,
     optimizer_tensors,
     restore_optimizer,
     save_checkpoint,
+    sweep,
+    writing,
 )
-from pmgaft.training.folding import unfold_batchnorm
+from pmgaft.training.judging import right_answers
+from pmgaft.training.log import mend, write_event
+from pmgaft.training.outputs import save_model
+from pmgaft.training.parts import build
 from pmgaft.training.recipe import Recipe, load_recipe
 from pmgaft.training.report import write_report
 from pmgaft.training.schedule import Length, ramp, rate
-from pmgaft.training.step import Learner, Measured, accumulate_gradients, frozen_view
+from pmgaft.training.spread import fill, whole
+from pmgaft.training.step import Measured, Part, accumulate_gradients
+from pmgaft.training.watch import Watch
 
 Report = Callable[[str, dict[str, Any]], None]
 """Told every event of a run: its name and its figures, the same that log.jsonl gets."""
 
-_JUDGE_BATCH = 32
-_JUDGE_STEPS = 10
+_CHANGE_NO_RESULT = {"workers", "log_every"}
+_ONE_CTRL_C = 1.0
+"""Seconds in which a second signal is the first one's echo: torchrun passes on what the terminal sends to all."""
 
 
-def train(recipe: Recipe, output_dir: Path, *, device: torch.device, resume: bool, report: Report) -> Path:
+def train(
+    recipe: Recipe,
+    output_dir: Path,
+    *,
+    device: torch.device,
+    resume: bool,
+    report: Report,
+    changed: bool = False,
+) -> Path:
     """Carry out a recipe; with `resume`, go on from the newest whole checkpoint. Returns the model's directory.
 
-    After a stop by Ctrl-C a checkpoint has been written. The same recipe, seed, device and thread count give the same
-    weights, stopped and resumed or not (but for `minutes`).
+    After a stop by Ctrl-C or SIGTERM a checkpoint has been written. The same recipe, seed, device and thread count give
+    the same weights, stopped and resumed or not (but for `minutes`). changed: go on even with another recipe.
     Raises: InputError if `output_dir` holds a run and `resume` is off; CheckpointError if it holds another recipe's
-    run; PmgaftError if the loss is no longer finite.
+    run; PmgaftError if the loss is no longer finite, or the run cannot be written.
     """
-    _refuse(output_dir, recipe, resume)
-
-    def tell(event: str, figures: dict[str, Any]) -> None:
-        with (output_dir / "log.jsonl").open("a", encoding="utf-8") as log:
-            log.write(json.dumps({"event": event, "time": round(time.time(), 3)} | figures) + "\n")
-        report(event, figures)
-
-    run = _Run(recipe, output_dir, device, tell)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "recipe.toml").write_text(recipe.to_toml(), encoding="utf-8")
-    run.start(resume)
-    with _interrupts() as interrupted:
-        run.all_steps(interrupted)
-    return run.finish()
+    with joined(device) as (ranks, own_device), float32_products(tf32=recipe.tf32):
+        changes = ranks.by_first(lambda: _refuse(output_dir, recipe, resume=resume, changed=changed))
+        run = _Run(recipe, output_dir, own_device, ranks, report)
+        with run.writing("the run"):
+            if ranks.first:
+                output_dir.mkdir(parents=True, exist_ok=True)
+                sweep(output_dir)
+                mend(output_dir)
+                scratch = output_dir / ".recipe.toml"
+                scratch.write_text(recipe.to_toml(), encoding="utf-8")
+                os.replace(scratch, output_dir / "recipe.toml")
+        run.start(resume, changes)
+        with _interrupts() as interrupted:
+            run.all_steps(interrupted)
+        return run.finish()
 
 
 @contextlib.contextmanager
 def _interrupts() -> Iterator[threading.Event]:
-    """Ctrl-C sets an event, so that no update is cut in half; a second Ctrl-C stops at once, as always."""
+    """Ctrl-C or SIGTERM sets an event, so that no update is cut in half; a second one stops at once, as always."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # Python allows handlers in no other thread
         yield event
         return
+    told = 0.0
 
     def handle(number: int, frame: FrameType | None) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, before)
+        nonlocal told
+        if event.is_set() and time.monotonic() - told > _ONE_CTRL_C:
+            raise KeyboardInterrupt
+        if not event.is_set():
+            told = time.monotonic()
+            event.set()
 
-    before = signal.signal(signal.SIGINT, handle)
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield event
     finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def split(dataset: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
-    """(training part, hold-out part) of a training set: a seeded shuffle, the same for every run with this seed."""
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed)).tolist()
-    held = round(share * len(dataset))
-    return Subset(dataset, sorted(order[held:])), Subset(dataset, sorted(order[:held]))
-
-
-def guide_words(where: str, class_names: Sequence[str]) -> list[str]:
-    """The texts that the guide speaks over: "classes", a shipped word list's name, or a file with one text a line."""
-    if where == "classes":
-        return list(class_names)
-    shipped = resources.files("pmgaft") / "data" / f"{where}.txt"
-    source = shipped if shipped.is_file() else Path(where)
-    if not source.is_file():
-        raise RecipeError(f"objective.guide_texts: neither a word list nor a file: {where!r}")
-    words = [line.strip() for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if len(words) < 2:
-        raise RecipeError(f"objective.guide_texts: {where} has fewer than two texts")
-    return words
-
-
-def build_optimizer(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """The recipe's optimiser; weight decay is for matrices and kernels, not for biases and norms."""
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
-    return torch.optim.AdamW(groups, lr=recipe.lr)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,58 +135,41 @@ class _Moment:
 
 
 class _Run:
-    """One run's parts; each is built once, in the order of the constructor."""
+    """One run on its way."""
 
-    def __init__(self, recipe: Recipe, directory: Path, device: torch.device, tell: Report) -> None:
-        self.recipe, self.directory, self.device, self.tell = recipe, directory, device, tell
-        self.clip = load_clip(recipe.model, recipe.pretrained, device)
-        self.guide = _guide(recipe, self.clip, device)
-        self.preprocess = _training_preprocess(recipe, self.clip)
-        whole = open_dataset(recipe.data, "train")
-        if len(whole.class_names) < 2:
-            raise InputError(f"{recipe.data} has fewer than two classes; there is nothing to tell apart")
-        self.training_set, self.held_out = split(whole, recipe.hold_out, recipe.seed)
-        if not len(self.training_set):
-            raise InputError(f"{recipe.data} has no training images")
+    def __init__(self, recipe: Recipe, directory: Path, device: torch.device, ranks: Ranks, report: Report) -> None:
+        self.recipe, self.directory, self.device, self.ranks, self.report = recipe, directory, device, ranks, report
+        self.parts = build(recipe, device, ranks)
+        self.parameters = list(self.parts.learner.student.parameters())
+        self.layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.length = Length(steps=self._steps(), minutes=recipe.minutes)
-        self.learner = self._learner(self.clip)
-        self.average = frozen_copy(self.learner.student) if recipe.ema is not None else None
-        parameters = list(self.learner.student.parameters())
-        self.optimizer = build_optimizer(recipe, parameters)
-        self.parameters = parameters
+        self.average = None if recipe.ema is None else get_ema_multi_avg_fn(recipe.ema)  # type: ignore[no-untyped-call]
+        self.watch = Watch(lambda: advice(directory / "checkpoints") + " and --changed")
         self.position = Position()
-        self.began = time.monotonic()
+        self.saved: Position | None = None
+        self.began = self.spoke = time.monotonic()
+        self.spoke_at = 0
 
     def _steps(self) -> int | None:
-        recipe, per_epoch = self.recipe, math.ceil(len(self.training_set) / self.recipe.batch)
+        recipe, per_epoch = self.recipe, math.ceil(len(self.parts.training_set) / self.recipe.batch)
         if recipe.epochs is not None:
             return max(1, round(recipe.epochs * per_epoch))
         if recipe.images is not None:
             return math.ceil(recipe.images / recipe.batch)
         return recipe.steps
 
-    def _learner(self, clip: Clip) -> Learner:
-        recipe = self.recipe
-        prepare = fold_batchnorm if recipe.fold_batchnorm else copy.deepcopy
-        layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        student = nothing_in_place(prepare(clip.image).eval().requires_grad_(True).to(memory_format=layout))
-        guide = freeze(prepare(self.guide.image)).to(memory_format=layout)
-        class_names = self.training_set.class_names
-        templates = recipe.train_templates or self.training_set.templates
-        texts = label_features(clip.text.encode, class_names, templates)
-        words = guide_words(recipe.objective.guide_texts, class_names)
-        scale = recipe.objective.logit_scale
-        return Learner(
-            student=student,
-            attacked=freeze(frozen_view(student)),
-            guide=guide,
-            objective=recipe.objective,
-            texts=texts,
-            guide_texts=texts if words == list(class_names) else label_features(clip.text.encode, words, templates),
-            scale=clip.logit_scale if scale == "model" else scale,
-        )
+    def tell(self, event: str, figures: dict[str, Any]) -> None:
+        """Log and report an event; the first rank's part."""
+        if self.ranks.first:
+            with self.writing("log.jsonl"):
+                write_event(self.directory, event, figures)
+            self.report(event, figures)
 
-    def start(self, resume: bool) -> None:
+    def writing(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """A failed write says what to go on from."""
+        return writing(f"{what} in {self.directory}", self.directory / "checkpoints")
+
+    def start(self, resume: bool, changes: list[str]) -> None:
         """Say what was resolved, or take up where the newest whole checkpoint left."""
         if not resume:
             self.tell("start", self._facts())
@@ -205,22 +179,27 @@ class _Run:
             self.tell("refused", {"problem": error.message})
         if found:
             self._restore(found)
-        self.tell("resume", self._facts() | {"step": self.position.step})
+        self.tell("resume", self._facts() | {"step": self.position.step, "changed": changes})
 
     def _facts(self) -> dict[str, Any]:
+        parts, recipe = self.parts, self.recipe
         return {
-            "model": self.clip.name,
-            "model_hash": tensors_hash(self.clip.image),
-            "guide": self.guide.name,
-            "data": self.training_set.name,
-            "data_hash": self.training_set.hash,
-            "classes": len(self.training_set.class_names),
-            "guide_texts": len(self.learner.guide_texts),
-            "images": len(self.training_set),
-            "held_out": len(self.held_out),
+            "model": parts.clip.name,
+            "model_hash": tensors_hash(parts.clip.image),
+            "guide": parts.guide_name,
+            "data": parts.training_set.name,
+            "data_hash": parts.training_set.hash,
+            "classes": len(parts.training_set.class_names),
+            "guide_texts": len(parts.learner.guide_texts),
+            "images": len(parts.training_set),
+            "held_out": len(parts.held_out),
             "steps": self.length.steps,
             "minutes": self.length.minutes,
-            "device": str(self.device),
+            "device": _name(self.device),
+            "ranks": self.ranks.world,
+            "precision": recipe.precision,
+            "attack_precision": recipe.attack.precision,
+            "tf32": recipe.tf32,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
@@ -228,54 +207,66 @@ class _Run:
     def all_steps(self, interrupted: threading.Event) -> None:
         """Until the run's length is reached: read, learn, log, judge and checkpoint.
 
-        Raises: KeyboardInterrupt once `interrupted` is set, after the step at hand and a checkpoint.
+        Raises: KeyboardInterrupt once `interrupted` is set at any rank, after the step at hand and a checkpoint.
         """
         self.began = time.monotonic() - self.position.seconds
+        self._speak_from_here()
         recipe = self.recipe
-        for pixels, labels in self._batches(self.training_set, start_step=self.position.step):
+        for batch in self._batches():
             moment = self._moment()
             if moment is None:
                 break
-            measured = self.one_step(pixels, labels, moment)
             step = self.position.step + 1
-            self.position = replace(self.position, step=step, seconds=time.monotonic() - self.began)
-            if step % recipe.log_every == 0 or step == 1:
+            logged = step % recipe.log_every == 0 or step == 1
+            measured = self.one_step(batch, moment, with_accuracy=logged)
+            self.position = replace(self.position, step=step, seconds=self._elapsed())
+            if logged:
+                self.watch.settle()
                 self.tell("step", self._figures(measured, moment))
+                self._speak_from_here()
             if step % recipe.checkpoint_every == 0 and self._moment() is not None:
                 self.judge()
                 self.checkpoint()
-            if interrupted.is_set():
+                self._speak_from_here()
+            if self.ranks.any(interrupted.is_set()):
                 self.checkpoint()
                 raise KeyboardInterrupt
 
-    def one_step(self, pixels: Tensor, labels: Tensor, moment: _Moment) -> Measured:
-        """One update. pixels: float32 [B, 3, H, W] in [0, 1]; labels: int64 [B]."""
-        recipe = self.recipe
-        for group in self.optimizer.param_groups:
+    def _elapsed(self) -> float:
+        """Seconds trained; where the clock decides what is done, the same for all ranks."""
+        seconds = time.monotonic() - self.began
+        return seconds if self.recipe.minutes is None else self.ranks.largest(seconds)
+
+    def one_step(self, batch: Batch, moment: _Moment, *, with_accuracy: bool) -> Measured:
+        """One update, on this rank's part of a batch."""
+        recipe, learner, optimizer = self.recipe, self.parts.learner, self.parts.optimizer
+        for group in optimizer.param_groups:
             group["lr"] = recipe.lr * moment.rate
-        self.optimizer.zero_grad(set_to_none=True)
-        first = self.position.step * recipe.batch
+        optimizer.zero_grad(set_to_none=True)
+        first = self.position.step * recipe.batch + batch.first
         measured = accumulate_gradients(
-            self.learner,
-            pixels,
-            labels,
-            [(recipe.seed << 32) + first + i for i in range(len(labels))],
+            learner,
+            batch.pixels.contiguous(memory_format=self.layout),
+            batch.labels,
+            [(recipe.seed << 32) + first + i for i in range(len(batch.labels))],
             threat=ThreatModel(norm="linf", eps=moment.eps),
             budget=Budget(
                 steps=recipe.attack.steps, step_size=moment.step_size, random_start=recipe.attack.random_start
             ),
             micro_batch=recipe.micro_batch,
+            part=Part(whole=batch.whole, counted=batch.counted, ranks=self.ranks.world),
+            with_accuracy=with_accuracy,
         )
-        norm = nn.utils.clip_grad_norm_(self.parameters, recipe.clip_norm or math.inf)
-        if not math.isfinite(measured.loss) or not math.isfinite(float(norm)):
-            raise PmgaftError(
-                f"step {self.position.step + 1}: the loss or its gradient is no longer finite, nothing was updated; "
-                "lower lr, or lengthen warmup or attack.ramp, and start anew"
-            )
-        self.optimizer.step()
-        if self.average is not None and recipe.ema is not None:
-            for running, parameter in zip(self.average.parameters(), self.parameters, strict=True):
-                running.lerp_(parameter.detach(), 1 - recipe.ema)
+        measured = replace(measured, values=self.ranks.total(measured.values))
+        if recipe.clip_norm is None:
+            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        else:
+            norm = nn.utils.clip_grad_norm_(self.parameters, recipe.clip_norm)
+        self.watch.look(self.position.step + 1, measured, whole(norm))
+        optimizer.step()
+        if self.average is not None and self.parts.average is not None:
+            with torch.no_grad():
+                self.average(self.parts.average, self.parameters, 0)
         return measured
 
     def _moment(self) -> _Moment | None:
@@ -294,139 +285,149 @@ class _Run:
             step_size=step_size * factor if step_size and factor else None,
         )
 
+    def _speak_from_here(self) -> None:
+        """Judging and writing are not training: the next images a second are counted from now on."""
+        self.spoke, self.spoke_at = time.monotonic(), self.position.step
+
     def _figures(self, measured: Measured, moment: _Moment) -> dict[str, Any]:
+        position = self.position
+        progress = self.length.progress(position.step, position.seconds)
+        done, took = position.step - self.spoke_at, time.monotonic() - self.spoke
         return {
-            "step": self.position.step,
-            "progress": round(self.length.progress(self.position.step, self.position.seconds), 4),
-            "loss": measured.loss,
-            **{f"loss_{name}": value for name, value in measured.terms.items()},
+            "step": position.step,
+            "progress": round(progress, 4),
+            **measured.figures(),
             "lr": self.recipe.lr * moment.rate,
             "eps": moment.eps,
-            "zero_gradient_share": measured.zero_gradient_share,
-            "seconds": round(self.position.seconds, 2),
-            "images_per_second": round(self.position.step * self.recipe.batch / max(self.position.seconds, 1e-9), 2),
+            "seconds": round(position.seconds, 2),
+            "seconds_left": round(position.seconds * (1 / progress - 1), 1),
+            "images_per_second": round(done * self.recipe.batch / max(took, 1e-9), 2),
         }
 
-    def _batches(
-        self, dataset: ImageSet, *, start_step: int = 0, judging: bool = False
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self) -> Iterator[Batch]:
         recipe = self.recipe
         batches = loader(
-            dataset,
-            self.clip.preprocess if judging else self.preprocess,
-            batch_size=_JUDGE_BATCH if judging else recipe.batch,
+            self.parts.training_set,
+            self.parts.preprocess,
+            batch_size=recipe.batch,
             seed=recipe.seed,
-            shuffle=not judging,
-            augment="none" if judging else recipe.augment,
+            shuffle=True,
+            augment=recipe.augment,
             workers=recipe.workers,
-            start_step=start_step,
+            start_step=self.position.step,
+            rank=self.ranks.rank,
+            ranks=self.ranks.world,
+            pin_memory=self.device.type == "cuda",
         )
-        layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        count = math.ceil(len(dataset) / _JUDGE_BATCH) if judging else None
-        for batch in islice(batches, count):
-            yield batch.pixels.to(self.device, memory_format=layout), batch.labels.to(self.device)
+        for batch in batches:
+            yield batch.to(self.device)
 
     def judge(self) -> None:
         """Clean and robust accuracy on the hold-out part, full eps; the best so far becomes the run's model."""
-        if not len(self.held_out):
+        held_out = self.parts.held_out
+        if not len(held_out):
             return
-        outcomes = judge(
-            self._kept(),
-            self.learner.texts,
-            self.learner.scale,
-            self._batches(self.held_out, judging=True),
-            Protocol(
-                threat=ThreatModel(norm="linf", eps=self.recipe.attack.eps),
-                budget=Budget(steps=_JUDGE_STEPS),
-                seed=self.recipe.seed,
-            ),
-        )
-        clean, robust = (float(part.double().mean()) for part in (outcomes.right, outcomes.robust))
-        score, best = (clean + robust) / 2, self.position.best_score
-        better = best is None or score > best
-        if better:
-            self.position = replace(self.position, best_score=score, best_step=self.position.step)
+        self.watch.settle()
+        kept, learner = self.parts.kept(), self.parts.learner
+        threat = ThreatModel(norm="linf", eps=self.recipe.attack.eps)
+        with float32_products(tf32=False):
+            counts = right_answers(kept, learner.texts, learner.scale, self._held_out_batches(), threat)
+        clean, robust = (self.ranks.total(counts) / len(held_out)).tolist()
+        score, position = (clean + robust) / 2, self.position
+        if position.best_score is None or score > position.best_score:
+            self.position = replace(position, best_score=score, best_step=position.step)
+        best = self.position.best_step == position.step
+        if best:
             self._save_model()
-        self.tell("judged", {"step": self.position.step, "clean": clean, "robust": robust, "best": better})
+        self.tell("judged", {"step": position.step, "clean": clean, "robust": robust, "best": best})
+
+    def _held_out_batches(self) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+        """This rank's share of the hold-out part; an image's seed is its number there."""
+        recipe, size = self.recipe, self.recipe.micro_batch
+        own = range(self.ranks.rank, len(self.parts.held_out), self.ranks.world)
+        batches = loader(
+            Subset(self.parts.held_out, own), self.parts.clip.preprocess, batch_size=size, workers=recipe.workers
+        )
+        for batch in islice(batches, math.ceil(len(own) / size)):
+            seeds = [recipe.seed + own[index] for index in batch.indices.tolist()]
+            there = batch.to(self.device)
+            yield there.pixels.contiguous(memory_format=self.layout), there.labels, seeds
 
     def checkpoint(self) -> None:
-        """Everything needed to go on from here."""
+        """Everything needed to go on from here, unless it is there already."""
+        self.watch.settle()
+        if self.saved is not None and replace(self.saved, seconds=0.0) == replace(self.position, seconds=0.0):
+            return
+        parts = self.parts
+        average = None
+        if parts.average is not None:
+            names = [name for name, _ in parts.learner.student.named_parameters()]
+            average = {name: whole(tensor) for name, tensor in zip(names, parts.average, strict=True)}
         checkpoint = Checkpoint(
             position=self.position,
-            weights=self.learner.student.state_dict(),
-            optimizer=optimizer_tensors(self.optimizer),
-            average=self.average.state_dict() if self.average is not None else None,
+            weights={name: whole(tensor) for name, tensor in parts.learner.student.state_dict().items()},
+            optimizer=optimizer_tensors(parts.optimizer),
+            average=average,
         )
-        path = save_checkpoint(self.directory / "checkpoints", checkpoint)
-        self.tell("checkpoint", {"step": self.position.step, "path": str(path.relative_to(self.directory))})
+        self.saved = self.position
+        if self.ranks.first:
+            path = save_checkpoint(self.directory / "checkpoints", checkpoint)
+            self.tell("checkpoint", {"step": self.position.step, "path": str(path.relative_to(self.directory))})
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        self.learner.student.load_state_dict(dict(checkpoint.weights))
-        restore_optimizer(self.optimizer, checkpoint.optimizer)
-        if self.average is not None and checkpoint.average is not None:
-            self.average.load_state_dict(dict(checkpoint.average))
-        self.position = checkpoint.position
+        parts = self.parts
+        state = parts.learner.student.state_dict()
+        if state.keys() != checkpoint.weights.keys():
+            raise CheckpointError(f"the checkpoint of step {checkpoint.position.step} is another model's")
+        for name, tensor in state.items():
+            fill(tensor, checkpoint.weights[name])
+        restore_optimizer(parts.optimizer, checkpoint.optimizer)
+        if parts.average is not None:
+            average = checkpoint.average or checkpoint.weights
+            for (name, _), tensor in zip(parts.learner.student.named_parameters(), parts.average, strict=True):
+                fill(tensor, average[name])
+        self.position = self.saved = checkpoint.position
 
     def finish(self) -> Path:
         """Judge and keep the last state, then write the report."""
         self.judge()
         self.checkpoint()
-        if not len(self.held_out):
+        if not len(self.parts.held_out):
             self._save_model()
         self.tell("end", {"step": self.position.step, "seconds": round(self.position.seconds, 2)})
-        write_report(self.directory, self.recipe)
+        if self.ranks.first:
+            with self.writing("report.md"):
+                write_report(self.directory, self.recipe)
         return self.directory / "model"
 
-    def _kept(self) -> PixelEncoder:
-        """The weights that count: the running mean where there is one, else the student's; without gradients."""
-        return self.learner.attacked if self.average is None else self.average
-
     def _save_model(self) -> None:
-        kept = self._kept()
-        encoder = unfold_batchnorm(kept, self.clip.image) if self.recipe.fold_batchnorm else kept
-        model = copy.deepcopy(self.clip.open_clip_model)
-        assert isinstance(model.visual, nn.Module)
-        model.visual.load_state_dict(encoder.tower.state_dict())
-        save_local_dir(model, self.clip.open_clip_config, self.directory / "model", self.clip.tokenizer)
+        kept = self.parts.kept()
+        if self.ranks.first:
+            with self.writing("the model"):
+                save_model(self.directory, kept, self.parts.clip, folded=self.recipe.fold_batchnorm)
 
 
-def _guide(recipe: Recipe, clip: Clip, device: torch.device) -> Clip:
-    """Who guides. Its answers are read with the student's text features, so both must share one space."""
-    if recipe.guide is None:
-        return clip
-    guide = load_clip(recipe.guide, device=device)
-    if (guide.embed_dim, guide.preprocess) != (clip.embed_dim, clip.preprocess):
-        raise RecipeError(f"guide: {recipe.guide} has not the image size and feature space of {recipe.model}")
-    return guide
-
-
-@torch.no_grad()
-def _training_preprocess(recipe: Recipe, clip: Clip) -> PreprocessSpec:
-    """The model's own, but for the size that the recipe names."""
-    if recipe.image_size is None:
-        return clip.preprocess
-    size = (recipe.image_size, recipe.image_size)
-    try:
-        clip.image(torch.zeros(1, 3, *size, device=clip.image.mean.device))
-    except (RuntimeError, AssertionError):
-        height, width = clip.preprocess.size
-        raise RecipeError(f"image_size: the tower of {recipe.model} takes {height} x {width} pixels alone") from None
-    return replace(clip.preprocess, size=size)
+def _name(device: torch.device) -> str:
+    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
 def _differing(one: Recipe, other: Recipe) -> list[str]:
     return [name for name in Recipe.model_fields if getattr(one, name) != getattr(other, name)]
 
 
-def _refuse(directory: Path, recipe: Recipe, resume: bool) -> None:
-    """Nothing of another run is overwritten or continued."""
+def _refuse(directory: Path, recipe: Recipe, *, resume: bool, changed: bool) -> list[str]:
+    """Nothing of another run is overwritten or continued. Gives the settings that differ from those of the run."""
     file = directory / "recipe.toml"
     if resume:
         if not file.is_file():
             raise InputError(f"{directory} holds no run to resume (no recipe.toml)")
         differing = _differing(load_recipe(str(file)), recipe)
-        if differing:
-            raise CheckpointError(f"{directory} was started with another {', '.join(differing)}; see {file}")
-    elif directory.exists() and any(directory.iterdir()):
+        refused = [name for name in differing if name not in _CHANGE_NO_RESULT]
+        if refused and not changed:
+            message = f"{directory} was started with another {', '.join(refused)}; see {file}, or add --changed"
+            raise CheckpointError(message)
+        return differing
+    if directory.exists() and any(not path.name.startswith(".") for path in directory.iterdir()):
         hint = "; go on with --resume, or" if file.is_file() else ";"
         raise InputError(f"{directory} is not empty{hint} name another --output-dir")
+    return []

@@ -31,6 +31,7 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Precision = Literal["float32", "bf16"]
 
 
 def _named(objective: object) -> object:
@@ -54,6 +55,8 @@ class AttackRecipe(_Section):
     random_start: bool = True
     ramp: Share = 0.0
     """Share of the run over which eps rises linearly from 0."""
+    precision: Precision = "float32"
+    """Of the image tower in the attack; "bf16" is quicker on a GPU and blurs the gradients' signs."""
 
 
 class Recipe(_Section):
@@ -99,10 +102,22 @@ class Recipe(_Section):
     is what the hold-out part is judged at."""
     augment: Literal["none", "crop-flip", "crop-flip-blur"] = "none"
     workers: Annotated[int, Field(ge=0)] = 0
-    """Threads that decode images ahead; 0 decodes between the steps."""
+    """Processes that decode images ahead, for each rank; 0 decodes between the steps. Changes no pixel."""
     channels_last: bool = True
+    """Keep pixels and convolution kernels with the channels innermost, which convolutions are quicker with."""
     fold_batchnorm: bool = True
     """Train towers with BatchNorm in folded form (same function, faster); written back into the original form."""
+    precision: Precision = "float32"
+    """Of the image towers in the objective's forward and backward: "bf16" is autocast. Weights, logits, losses and the
+    optimiser are float32 always."""
+    tf32: bool = False
+    """Let a GPU round what it multiplies in float32 to 10 bits; the attack's gradients included, the hold-out part's
+    judging excluded."""
+    compile: bool = False
+    """torch.compile of the image towers: minutes at the start, quicker steps after them."""
+    sharding: Literal["none", "full"] = "none"
+    """With several ranks: "none" keeps a whole model on each (DDP), "full" splits weights, gradients and optimiser
+    state over them (FSDP)."""
 
     hold_out: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Share of the training images kept aside to choose the checkpoint that becomes the run's model; 0: the last

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pmgaft.threat import format_eps
+from pmgaft.training.log import read_log
 from pmgaft.training.recipe import Recipe
 
 _ROWS = 12
 """Training steps shown in the table, evenly spread."""
-
-
-def read_log(directory: Path) -> list[dict[str, Any]]:
-    """The events of a run, in the order they happened; of a step that was done twice (after a resume), the last."""
-    text = (directory / "log.jsonl").read_text(encoding="utf-8")
-    events = [json.loads(line) for line in text.splitlines()]
-    last = {(event["event"], event.get("step")): place for place, event in enumerate(events)}
-    return [event for place, event in enumerate(events) if last[event["event"], event.get("step")] == place]
 
 
 def write_report(directory: Path, recipe: Recipe) -> Path:
@@ -29,11 +21,12 @@ def write_report(directory: Path, recipe: Recipe) -> Path:
 
 
 def _lines(events: list[dict[str, Any]], recipe: Recipe) -> list[str]:
-    facts = next(event for event in events if event["event"] == "start")
+    facts = next(event for event in events if event["event"] in ("start", "resume"))
     end = events[-1]
     attack, objective = recipe.attack, recipe.objective
     images = f"{facts['images']} images of {facts['classes']} classes, {facts['held_out']} more held out"
     minutes = f"{end['seconds'] / 60:.1f} minutes"
+    devices = facts["device"] if facts["ranks"] == 1 else f"{facts['ranks']} ranks, the first on {facts['device']}"
     lines = [
         "# Training run",
         "",
@@ -41,7 +34,7 @@ def _lines(events: list[dict[str, Any]], recipe: Recipe) -> list[str]:
         f"- Data: {facts['data']} (hash {facts['data_hash'][:19]}), {images}",
         f"- Objective: {objective.name}, guide over {facts['guide_texts']} texts",
         f"- Attack in training: linf, eps {format_eps(attack.eps)}, {attack.steps} steps, model-input grid",
-        f"- Done: {end['step']} steps of {recipe.batch} images, {minutes} on {facts['device']}, torch {facts['torch']}",
+        f"- Done: {end['step']} steps of {recipe.batch} images, {minutes} on {devices}, torch {facts['torch']}",
         "",
         "The whole recipe is in recipe.toml, every logged figure in log.jsonl.",
     ]
