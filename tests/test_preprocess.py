@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import struct
 import warnings
@@ -17,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
-from pmgaft.clip.preprocess import FORMATS, ImageLimits, PreprocessSpec, open_image, resize, to_pixels
+from pmgaft.clip.preprocess import FORMATS, ImageLimits, PreprocessSpec, open_image, read_pixels, resize, to_pixels
 from pmgaft.errors import ImageError
 
 MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.3, 0.35)
@@ -198,6 +200,106 @@ def test_one_pixel_is_a_picture() -> None:
     pixels = to_pixels(open_image(encoded(Image.new("RGB", (1, 1), (255, 0, 0)))), spec())
     assert pixels[0].min() == 1
     assert pixels[1:].max() == 0
+
+
+# --- as served
+
+
+def photograph(name: str, width: int) -> Image.Image:
+    """One of scikit-image's photographs, enlarged to `width`, with a camera's noise."""
+    package = importlib.util.find_spec("skimage")
+    assert package is not None
+    assert package.origin is not None
+    image = Image.open(Path(package.origin).parent / "data" / name).convert("RGB")
+    large = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
+    noise = np.random.default_rng(0).normal(0, 8, size=(large.height, large.width, 3))
+    return Image.fromarray((np.asarray(large) + noise).clip(0, 255).astype(np.uint8))
+
+
+def served_and_exact(content: bytes, how: PreprocessSpec) -> tuple[torch.Tensor, torch.Tensor]:
+    return read_pixels(content, how), to_pixels(open_image(content), how)
+
+
+@pytest.fixture
+def decoded_sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The sizes at which pictures are decoded."""
+    sizes: list[tuple[int, int]] = []
+    load = JpegImageFile.load
+
+    def watched(self: JpegImageFile) -> Any:
+        sizes.append(self.size)
+        return load(self)
+
+    monkeypatch.setattr(JpegImageFile, "load", watched)
+    return sizes
+
+
+@pytest.mark.parametrize(("name", "width"), [("astronaut.png", 512), ("ihc.png", 1999), ("motorcycle_left.png", 2333)])
+@pytest.mark.parametrize("side", [128, 224])
+def test_a_large_jpeg_is_scaled_while_it_is_decoded_within_the_stated_tolerance(
+    name: str, width: int, side: int, decoded_sizes: list[tuple[int, int]]
+) -> None:
+    content = encoded(photograph(name, width), "JPEG", quality=90)
+    how = PreprocessSpec(size=(side, side), mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
+    served = read_pixels(content, how)
+    served_size = decoded_sizes[0]
+    exact = to_pixels(open_image(content), how)
+    difference = (served - exact).abs()
+    assert difference.mean() <= 1 / 255
+    assert difference.max() <= 16 / 255
+    assert min(served_size) >= 2 * side
+    assert (served_size[0] < width) == (width >= 4 * side)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
+def test_a_scaled_jpeg_is_upright_whatever_its_size_and_orientation(orientation: int, size: tuple[int, int]) -> None:
+    smooth = picture(9, 7, seed=3).resize((333, 457), Image.Resampling.BICUBIC)  # odd: the last blocks are partial
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    served, exact = served_and_exact(encoded(smooth, "JPEG", quality=95, exif=exif), spec(size))
+    assert (served - exact).abs().max() <= 4 / 255
+
+
+@pytest.mark.parametrize("mode", ["squash", "longest", "shortest"])
+def test_a_scaled_jpeg_is_resized_as_the_model_asks(mode: Any) -> None:
+    smooth = picture(9, 7, seed=3).resize((700, 401), Image.Resampling.BICUBIC)
+    served, exact = served_and_exact(encoded(smooth, "JPEG", quality=95), spec((32, 32), resize_mode=mode))
+    assert (served - exact).abs().max() <= 4 / 255
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "YCbCr", "RGB"])
+def test_a_scaled_jpeg_of_any_colours_is_rgb(mode: str) -> None:
+    smooth = picture(9, 7, seed=3).resize((400, 400), Image.Resampling.BICUBIC).convert(mode)
+    served, exact = served_and_exact(encoded(smooth, "JPEG", quality=95), spec())
+    assert (served - exact).abs().max() <= 4 / 255
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_whatever_is_not_scaled_while_decoding_is_served_with_the_pixels_of_training(kind: str, mode: str) -> None:
+    image = Image.new("I;16", (40, 50), 40000) if mode == "I;16" else picture(40, 50).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    try:
+        content = encoded(image, kind, **({} if kind in ("GIF", "BMP") else {"exif": exif}))
+    except (OSError, ValueError):
+        pytest.skip(f"{kind} holds no {mode}")
+    served, exact = served_and_exact(content, spec())
+    assert torch.equal(served, exact)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_picture_cut_short_is_refused_when_served_as_it_is_in_training(kind: str) -> None:
+    content = encoded(picture(400, 300), kind)[:-2000]
+    codes = []
+    for read in (open_image, lambda data: read_pixels(data, spec())):
+        try:
+            read(content)
+            codes.append("none")
+        except ImageError as error:
+            codes.append(error.code)
+    assert codes[0] == codes[1]
 
 
 # --- what no one should send

@@ -41,6 +41,8 @@ _OTHER_FORMATS = (
     (4, b"ftyp", "video"),
 )
 
+_DRAFTED = ("JPEG", "MPO")  # can be decoded at a fraction of their size
+
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -51,6 +53,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_TURNED = (5, 6, 7, 8)  # orientations by which rows become columns
 
 # A thin strip would be resized to a huge one and then cropped; past this many times the model's area only what the crop
 # keeps is computed.
@@ -87,6 +90,40 @@ def open_image(data: bytes | Path, limits: ImageLimits = ImageLimits()) -> Image
     Raises: ImageError (image_missing, image_empty, image_too_large, image_too_many_pixels, image_truncated,
     image_unsupported, image_invalid); nothing else, whatever the bytes.
     """
+    return _finish(_header(data, limits))
+
+
+def to_pixels(image: Image.Image, spec: PreprocessSpec) -> Tensor:
+    """image: RGB -> float32 [3, H, W] in [0, 1], equal to open_clip's validation transform before its Normalize."""
+    return _as_tensor(resize(image, spec))
+
+
+def read_pixels(data: bytes, spec: PreprocessSpec, limits: ImageLimits = ImageLimits()) -> Tensor:
+    """`to_pixels(open_image(data))`, in a fraction of the time for large JPEGs: float32 [3, H, W] in [0, 1].
+
+    A JPEG of at least four times the size it is resized to is decoded at 1/2, 1/4 or 1/8 of its own, at least twice that
+    size being left; everything else takes the exact path. Tolerance, on photographs: pixels differ by less than one of
+    255 grey levels on average, and by 16 at most.
+    Raises: as `open_image`.
+    """
+    image = _header(data, limits)
+    if image.format not in _DRAFTED:
+        return to_pixels(_finish(image), spec)
+    orientation, whole = _orientation(image), image.size
+    turned = orientation in _TURNED
+    scaled = scaled_size(whole[::-1] if turned else whole, spec)
+    stored = scaled[::-1] if turned else scaled  # as the picture lies in the file
+    drafted = image.draft(None, (2 * stored[0], 2 * stored[1]))
+    if drafted is None or image.size == whole:
+        return to_pixels(_finish(image), spec)
+    _load(image)
+    # the box: what the picture takes of the last, perhaps partial, column and row
+    small = _to_rgb(image).resize(stored, _RESAMPLING[interpolation_of(spec)], box=drafted[1])
+    return _as_tensor(_crop_or_pad(_upright(small, orientation), spec.size[1], spec.size[0]))
+
+
+def _header(data: bytes | Path, limits: ImageLimits) -> Image.Image:
+    """The picture, not decoded yet. Raises: ImageError, as `open_image` does."""
     content = _read(data, limits) if isinstance(data, Path) else data
     if not content:
         raise _image_error("image_empty", "the image is empty (0 bytes)")
@@ -101,6 +138,17 @@ def open_image(data: bytes | Path, limits: ImageLimits = ImageLimits()) -> Image
     if image.width * image.height > limits.pixels:
         message = f"the image has {image.width} x {image.height} pixels; at most {limits.pixels:,} are allowed"
         raise _image_error("image_too_many_pixels", message)
+    return image
+
+
+def _finish(image: Image.Image) -> Image.Image:
+    """Decoded, upright RGB."""
+    _load(image)
+    return _upright(_to_rgb(image), _orientation(image))
+
+
+def _load(image: Image.Image) -> None:
+    """Decode. Raises: ImageError (image_truncated, image_invalid)."""
     try:
         image.load()
     except Exception as error:  # as above
@@ -108,13 +156,13 @@ def open_image(data: bytes | Path, limits: ImageLimits = ImageLimits()) -> Image
             message = "the image ends early: part of the file is missing"
             raise _image_error("image_truncated", message) from error
         raise _image_error("image_invalid", f"the {image.format} image is damaged and cannot be decoded") from error
-    return _upright(_to_rgb(image), _orientation(image))
 
 
-def to_pixels(image: Image.Image, spec: PreprocessSpec) -> Tensor:
-    """image: RGB -> float32 [3, H, W] in [0, 1], equal to open_clip's validation transform before its Normalize."""
-    array = np.array(resize(image, spec), dtype=np.uint8)
-    return torch.from_numpy(array).permute(2, 0, 1).contiguous().float().div(255)
+def _as_tensor(image: Image.Image) -> Tensor:
+    """RGB -> float32 [3, H, W] in [0, 1]. By numpy: torch's threads would cost more than the work."""
+    pixels = np.empty((3, image.height, image.width), dtype=np.float32)
+    np.divide(np.asarray(image).transpose(2, 0, 1), np.float32(255), out=pixels)
+    return torch.from_numpy(pixels)
 
 
 def resize(image: Image.Image, spec: PreprocessSpec) -> Image.Image:
@@ -191,6 +239,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         eight_bits = np.asarray(image).astype(np.uint32) * 255 // 65535
         return Image.fromarray(eight_bits.astype(np.uint8)).convert("RGB")
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
     if image.mode in ("I", "F"):
         message = "the image has 32 bits a sample; convert it to 8 or 16 bits"
         raise _image_error("image_unsupported", message)
