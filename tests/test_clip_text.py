@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer, _clean_canonicalize, _clean_lower, _clean_whitespace
 from torch import Tensor
 
+from pmgaft.clip.ensembles import ensembles, named_templates
 from pmgaft.clip.loading import Clip
 from pmgaft.clip.open_clip_text import TextTower, convert_tokenizer
 from pmgaft.clip.text import TextEncoder, Tokenizer, check_labels, clean_text, fill, label_features
@@ -251,6 +252,22 @@ def test_a_labels_feature_is_the_unit_mean_over_its_templates() -> None:
     table = {"a cat": [1.0, 0.0], "the cat": [0.0, 1.0], "a dog": [0.6, 0.8], "the dog": [0.6, 0.8]}
     features = label_features(lambda texts: torch.tensor([table[t] for t in texts]), ["cat", "dog"], ["a {}", "the {}"])
     assert torch.allclose(features, torch.tensor([[0.5**0.5, 0.5**0.5], [0.6, 0.8]]))
+
+
+def test_the_ensembles_are_open_clips() -> None:
+    assert list(named_templates("imagenet")) == [fill("{}") for fill in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    assert list(named_templates("simple")) == [fill("{}") for fill in open_clip.SIMPLE_IMAGENET_TEMPLATES]
+
+
+def test_every_template_of_an_ensemble_can_be_filled() -> None:
+    assert [len(templates) for templates in ensembles().values()] == [80, 7]
+    assert all(fill(template, "cat") for templates in ensembles().values() for template in templates)
+
+
+def test_an_unknown_ensemble_is_answered_with_those_there_are() -> None:
+    with pytest.raises(LabelsError, match="no template ensemble 'imagnet'; there are imagenet, simple") as caught:
+        named_templates("imagnet")
+    assert (caught.value.code, caught.value.field) == ("template_invalid", "templates")
 
 
 def test_at_least_one_template_is_needed(tiny_clip: Clip) -> None:
