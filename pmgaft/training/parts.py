@@ -125,10 +125,11 @@ def _learner(
     recipe: Recipe, clip: Clip, guide: Clip, training_set: ImageSet, device: torch.device, ranks: Ranks
 ) -> tuple[Learner, PixelEncoder | None]:
     prepare = fold_batchnorm if recipe.fold_batchnorm else copy.deepcopy
-    layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+    sharded = ranks.world > 1 and recipe.sharding == "full"
+    # FSDP splits contiguous tensors only.
+    layout = torch.channels_last if recipe.channels_last and not sharded else torch.contiguous_format
     student = nothing_in_place(prepare(clip.image).eval().requires_grad_(True).to(memory_format=layout))
     guiding = freeze(prepare(guide.image)).to(memory_format=layout)
-    sharded = ranks.world > 1 and recipe.sharding == "full"
     plain = frozen_copy(student) if sharded or recipe.ema is not None else None
     attacked = student if sharded else freeze(frozen_view(student))
     if recipe.compile:

@@ -43,11 +43,9 @@ class Shares:
 
 
 def copies(passes: Passes, device: torch.device) -> Copies:
-    """A student that each rank keeps whole. BatchNorm's statistics are nobody's to change, so buffers stay."""
+    """A student that each rank keeps whole."""
     ids = [device] if device.type == "cuda" else None
-    return Copies(
-        DistributedDataParallel(passes, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-    )
+    return Copies(DistributedDataParallel(passes, device_ids=ids, gradient_as_bucket_view=True))
 
 
 def shares(passes: Passes, device: torch.device) -> Shares:
@@ -55,7 +53,8 @@ def shares(passes: Passes, device: torch.device) -> Shares:
     from torch.distributed.fsdp import fully_shard  # here: it takes seconds to import
 
     shard_blocks(passes.encoder, device)
-    return Shares(fully_shard(passes, mesh=_mesh(device)))
+    # A root is by default left gathered until a backward: after a forward without one, its weights would grow stale.
+    return Shares(fully_shard(passes, mesh=_mesh(device), reshard_after_forward=True))
 
 
 def shard_blocks(encoder: nn.Module, device: torch.device) -> None:
