@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pmgaft.attacks import Adversarial, Budget, Loss, cross_entropy_loss, margin_loss, misclassified, pgd
+from pmgaft.attacks import Adversarial, Budget, Loss, cross_entropy_loss, margin_loss, merged, misclassified, pgd
 from pmgaft.errors import LabelsError
 from pmgaft.threat import ThreatModel
 
@@ -152,7 +152,8 @@ def _search(
     rows = every[~found.success & found.finite & ~found.cut_short & several]
     if not len(rows):
         return found
-    return _merged(found, _attack(logits_of, pixels, clean, settings, expired, margin_loss, rows), rows)
+    margin = _attack(logits_of, pixels, clean, settings, expired, margin_loss, rows)
+    return merged(found, margin, rows, torch.ones_like(rows, dtype=torch.bool))
 
 
 def _attack(
@@ -175,28 +176,6 @@ def _attack(
         seeds=[s.seed for s in chosen],
         success=misclassified(clean[rows]),
         expired=lambda places: expired(rows[places]),
-    )
-
-
-def _merged(first: Adversarial, second: Adversarial, rows: Tensor) -> Adversarial:
-    """The second attack's findings in place of the first's where it ran, and the costs of both."""
-
-    def put(name: str) -> Tensor:
-        values: Tensor = getattr(first, name)
-        return values.index_copy(0, rows, getattr(second, name))
-
-    gradients = first.gradients_used.index_add(0, rows, second.gradients_used)
-    zeros = first.zero_gradient_share * first.gradients_used
-    zeros = zeros.index_add(0, rows, second.zero_gradient_share * second.gradients_used)
-    return Adversarial(
-        pixels=put("pixels"),
-        success=put("success"),
-        loss=put("loss"),
-        finite=put("finite"),
-        cut_short=put("cut_short"),
-        gradients_used=gradients,
-        forwards_used=first.forwards_used.index_add(0, rows, second.forwards_used),
-        zero_gradient_share=zeros / gradients.clamp_min(1),
     )
 
 

@@ -21,6 +21,7 @@ from pmgaft.attacks.search import (
     Search,
     Walk,
     as_pixels,
+    check_pixels,
     float32_gradients,
 )
 from pmgaft.threat import ThreatModel
@@ -54,7 +55,7 @@ def apgd(
     """
     with float32_gradients(pixels.device):
         search = Search(logits_of, pixels, loss, success, threats, budgets, seeds, expired=expired, starts=starts)
-        search.check_pixels()
+        check_pixels(pixels)
         for restart in range(search.restarts):
             walk = _AdaptiveSteps.begin(search, search.starting_points(restart))
             search.climb(walk[search.still_open(restart)])

@@ -1,8 +1,8 @@
 """What an attack climbs, one value per sample, and what counts as broken.
 
-Each function here takes the class indices of the whole batch, int64 [B], and gives a function of the logits of the rows
-still in play, [n, K], and of their positions in the batch, int64 [n]. Classes that a row does not have carry -inf
-logits. K must be at least 2.
+Each function here takes class indices of the whole batch, labels or targets, int64 [B], and gives a function of the
+logits of the rows still in play, [n, K], and of their positions in the batch, int64 [n]. Classes that a row does not
+have carry -inf logits. K must be at least 2.
 """
 
 from collections.abc import Callable
@@ -60,6 +60,41 @@ def dlr_loss(labels: Tensor) -> Loss:
     return loss
 
 
+def targeted_cross_entropy_loss(targets: Tensor) -> Loss:
+    """Log odds of the targets, ln(p / (1 - p)): [n], rises as the cross entropy towards the target falls, and like
+    `cross_entropy_loss` without its fading gradients."""
+
+    def loss(logits: Tensor, rows: Tensor) -> Tensor:
+        own, others = _split(logits, targets[rows])
+        return own - others.logsumexp(dim=1)
+
+    return loss
+
+
+def targeted_margin_loss(labels: Tensor, targets: Tensor) -> Loss:
+    """The target's logit minus the label's: [n], positive exactly where the target has overtaken the label."""
+
+    def loss(logits: Tensor, rows: Tensor) -> Tensor:
+        return _at(logits, targets[rows]) - _at(logits, labels[rows])
+
+    return loss
+
+
+def targeted_dlr_loss(labels: Tensor, targets: Tensor) -> Loss:
+    """(target's - label's logit) / (largest - mean of the third and fourth largest logit): [n].
+
+    Free of the logits' scale and offset. Needs four classes that are there: with three the ratio is 0 everywhere.
+    Source: Croce and Hein 2020 (arXiv 2003.01690), equation 7.
+    """
+
+    def loss(logits: Tensor, rows: Tensor) -> Tensor:
+        top = logits.topk(4, dim=1).values
+        spread = top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + _DIVISOR_GUARD
+        return (_at(logits, targets[rows]) - _at(logits, labels[rows])) / spread
+
+    return loss
+
+
 def misclassified(labels: Tensor) -> Success:
     """Whether the answer is another class than the label: bool [n]. A tie goes to the first class, as in serving."""
 
@@ -69,7 +104,20 @@ def misclassified(labels: Tensor) -> Success:
     return success
 
 
+def reaches(targets: Tensor) -> Success:
+    """Whether the answer is the target: bool [n]. A tie goes to the first class."""
+
+    def success(logits: Tensor, rows: Tensor) -> Tensor:
+        return logits.argmax(dim=1) == targets[rows]
+
+    return success
+
+
+def _at(logits: Tensor, classes: Tensor) -> Tensor:
+    """One logit a row: [n, K], int64 [n] -> [n]."""
+    return logits.gather(1, classes[:, None])[:, 0]
+
+
 def _split(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The labels' own logits [n], and all logits with the own one at -inf [n, K]."""
-    own = logits.gather(1, labels[:, None])
-    return own[:, 0], logits.scatter(1, labels[:, None], -torch.inf)
+    return _at(logits, labels), logits.scatter(1, labels[:, None], -torch.inf)

@@ -44,6 +44,11 @@ def normal(bits: Tensor) -> Tensor:
     return uniform(bits << 32).mul_(math.pi).cos_().mul_(radius)
 
 
+def below(count: int, bits: Tensor) -> Tensor:
+    """A whole number from 0 to count - 1, evenly but for one part in 2^32 / count: int64, from the upper 32 bits."""
+    return (_shifted(bits, 32) * count) >> 32
+
+
 def in_unit_ball(seeds: Tensor, stream: int, shape: Sequence[int], l2: Tensor | None) -> Tensor:
     """A point of each row's unit ball, uniformly: float32 [n, *shape].
 

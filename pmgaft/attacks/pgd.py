@@ -21,6 +21,7 @@ from pmgaft.attacks.search import (
     Search,
     Walk,
     as_pixels,
+    check_pixels,
     float32_gradients,
     per_row,
 )
@@ -64,7 +65,7 @@ def pgd(
         if keep == "last":
             _run_blind(search, _ConstantSteps(everyone, search.starting_points(0), search.balls, search.steps, step))
             return search.result()
-        search.check_pixels()
+        check_pixels(pixels)
         for restart in range(search.restarts):
             walk = _ConstantSteps(everyone, search.starting_points(restart), search.balls, search.steps, step)
             search.climb(walk[search.still_open(restart)])

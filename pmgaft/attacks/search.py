@@ -81,6 +81,33 @@ class Adversarial:
     zero_gradient_share: Tensor
 
 
+def merged(first: Adversarial, second: Adversarial, rows: Tensor, better: Tensor) -> Adversarial:
+    """What two attacks found together, the second on some of the first's rows, and what both cost.
+
+    rows: positions int64 [m] of the second's rows. better: bool [m], where the second's finding replaces the first's.
+    """
+
+    def put(name: str) -> Tensor:
+        old, new = getattr(first, name), getattr(second, name)
+        keep = better.reshape(-1, *[1] * (new.dim() - 1))
+        values: Tensor = old.index_copy(0, rows, torch.where(keep, new, old[rows]))
+        return values
+
+    gradients = first.gradients_used.index_add(0, rows, second.gradients_used)
+    zeros = first.zero_gradient_share * first.gradients_used
+    zeros = zeros.index_add(0, rows, second.zero_gradient_share * second.gradients_used)
+    return Adversarial(
+        pixels=put("pixels"),
+        success=put("success"),
+        loss=put("loss"),
+        finite=first.finite.index_copy(0, rows, first.finite[rows] & second.finite),
+        cut_short=first.cut_short.index_copy(0, rows, second.cut_short),
+        gradients_used=gradients,
+        forwards_used=first.forwards_used.index_add(0, rows, second.forwards_used),
+        zero_gradient_share=zeros / gradients.clamp_min(1),
+    )
+
+
 class Rows:
     """A dataclass of tensors, or of further Rows, whose first dimension is rows; None is what no row has."""
 
@@ -205,12 +232,6 @@ class Search:
         """One value a row, [B], or several, [B, values]."""
         return per_row(values, dtype, self.device)
 
-    def check_pixels(self) -> None:
-        """Raise InputError where a pixel is no finite number in [0, 1]. Waits for the device."""
-        origin = self.balls.origin
-        if not bool(((origin >= 0) & (origin <= 1)).all()):
-            raise InputError("pixels must be finite numbers in [0, 1]; normalisation belongs inside the model")
-
     def still_open(self, restart: int) -> Tensor:
         """Positions of the rows that this restart is for: int64 [n]. Waits for the device."""
         entitled = self.per_row([restart < b.restarts for b in self.budgets], torch.bool)
@@ -243,7 +264,7 @@ class Search:
         once an iterate, to learn who leaves."""
         longest = int(walk.steps.max()) if len(walk.index) else -1
         for taken in range(longest + 1):
-            late = self._late(walk.index)
+            late = self.late(walk.index)
             x = walk.x.detach().requires_grad_(taken < longest)
             logits = self.logits(x, walk.index)
             losses = self.losses(logits, walk.index)
@@ -256,7 +277,7 @@ class Search:
             if staying < len(leaves):
                 walk = walk[(~leaves).nonzero()[:, 0]]
 
-    def _late(self, index: Tensor) -> Tensor:
+    def late(self, index: Tensor) -> Tensor:
         """Rows out of time: bool [n]."""
         if self._expired is None:
             return torch.zeros_like(index, dtype=torch.bool)
@@ -310,6 +331,12 @@ def float32_gradients(device: torch.device) -> Iterator[None]:
     """Gradients on, in float32, whatever autocast, no_grad or inference mode surrounds."""
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
         yield
+
+
+def check_pixels(pixels: Tensor) -> None:
+    """Raise InputError where a pixel is no finite number in [0, 1]. Waits for the device."""
+    if not bool(((pixels >= 0) & (pixels <= 1)).all()):
+        raise InputError("pixels must be finite numbers in [0, 1]; normalisation belongs inside the model")
 
 
 def per_row(values: Sequence[float] | Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> Tensor:
