@@ -20,7 +20,10 @@ import click
 )
 @click.option("--data", help="The training set, in place of the recipe's: a path or a name.")
 @click.option("--resume", is_flag=True, help="Go on from the run's newest whole checkpoint.")
+@click.option("--changed", is_flag=True, help="With --resume: go on even though the recipe is another by now.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--tensorboard", is_flag=True, help="Write RUN/tensorboard for TensorBoard.")
+@click.option("--metrics-port", type=click.IntRange(0, 65535), metavar="PORT", help="Serve figures to Prometheus.")
 @click.option("--dry-run", is_flag=True, help="Print the recipe as resolved and stop.")
 def train(
     recipe: str,
@@ -28,7 +31,10 @@ def train(
     settings: tuple[str, ...],
     data: str | None,
     resume: bool,
+    changed: bool,
     device: str,
+    tensorboard: bool,
+    metrics_port: int | None,
     dry_run: bool,
 ) -> None:
     """Fine-tune a model's image encoder against adversarial images.
@@ -46,11 +52,14 @@ def train(
       pmgaft train demo --output-dir runs/demo
       pmgaft train pmg-aft --data photos/ --set model=mini --set attack.eps=2/255 --output-dir runs/photos
       pmgaft train pmg-aft --output-dir runs/photos --resume
+      torchrun --nproc-per-node 8 -m pmgaft train vit-b32-imagenet --data imagenet/ --output-dir runs/b32
     """
     from pmgaft import console
     from pmgaft.device import pick_device
+    from pmgaft.ranks import speaks
     from pmgaft.training.loop import train as run
     from pmgaft.training.recipe import load_recipe
+    from pmgaft.training.telemetry import Metrics, TensorBoard
 
     if output_dir is None and not dry_run:
         raise click.UsageError("say where the run goes: --output-dir RUN")
@@ -58,14 +67,32 @@ def train(
     if dry_run or output_dir is None:
         click.echo(chosen.to_toml(), nl=False)
         return
-    console.note(f"reading model {chosen.model} and data {chosen.data}")
+    if changed and not resume:
+        raise click.UsageError("--changed goes with --resume")
     with _Screen() as screen:
+        reports = []
+        if speaks():
+            console.note(f"reading model {chosen.model} and data {chosen.data}")
+            reports.append(screen.show)
+            if tensorboard:
+                reports.append(TensorBoard(output_dir / "tensorboard").show)
+            if metrics_port is not None:
+                metrics = Metrics(metrics_port)
+                reports.append(metrics.show)
+                console.note(f"figures for Prometheus at http://localhost:{metrics.port}/metrics")
+
+        def report(event: str, figures: dict[str, Any]) -> None:
+            for show in reports:
+                show(event, figures)
+
         try:
-            model = run(chosen, output_dir, device=pick_device(device), resume=resume, report=screen.show)
+            model = run(chosen, output_dir, device=pick_device(device), resume=resume, changed=changed, report=report)
         except KeyboardInterrupt:
-            console.note("stopped after a whole step; the same command with --resume goes on from there")
+            if speaks():
+                console.note("stopped after a whole step; the same command with --resume goes on from there")
             raise
-    click.echo(f"model   {model}\nreport  {output_dir / 'report.md'}")
+    if speaks():
+        click.echo(f"model   {model}\nreport  {output_dir / 'report.md'}")
 
 
 class _Screen(contextlib.ExitStack):
@@ -85,14 +112,20 @@ class _Screen(contextlib.ExitStack):
 
         if event in ("start", "resume"):
             self._step = figures.get("step", 0)
-            console.note(_RESOLVED.format(**figures) + (f", going on from step {self._step}" if self._step else ""))
+            alongside = f" and {figures['ranks'] - 1} more" if figures["ranks"] > 1 else ""
+            if figures.get("changed"):
+                console.note(f"the recipe has another {', '.join(figures['changed'])} from here on")
+            console.note(
+                _RESOLVED.format(**figures, alongside=alongside)
+                + (f", going on from step {self._step}" if self._step else "")
+            )
             self._advance = self.enter_context(console.progress("training", figures["steps"], "steps"))
             self._advance(self._step, "")
         elif event == "step" and self._advance is not None:
-            status = f"loss {figures['loss']:.4f}, {figures['images_per_second']:.1f} images/s"
+            status = _status(figures)
             self._advance(figures["step"] - self._step, status)
             self._step = figures["step"]
-            self._line(f"step {self._step}: {status}")
+            self._line(f"step {self._step}: {status}, {_duration(figures['seconds_left'])} left")
         elif event == "judged":
             kept = ", best so far" if figures["best"] else ""
             shares = f"clean {100 * figures['clean']:.1f} %, robust {100 * figures['robust']:.1f} %"
@@ -109,4 +142,21 @@ class _Screen(contextlib.ExitStack):
             self._said = time.monotonic()
 
 
-_RESOLVED = "{model} on {device}; {data}: {images} images of {classes} classes, {held_out} held out"
+def _status(figures: dict[str, Any]) -> str:
+    """Loss and terms, what was answered rightly, and how fast; of the newest step."""
+    terms = [f"{key.removeprefix('loss_')} {value:.3f}" for key, value in figures.items() if key.startswith("loss_")]
+    shares = [
+        f"{name} {100 * figures[f'{name}_accuracy']:.0f} %"
+        for name in ("clean", "robust")
+        if f"{name}_accuracy" in figures
+    ]
+    loss = f"loss {figures['loss']:.4f}" + (f" ({', '.join(terms)})" if len(terms) > 1 else "")
+    return ", ".join([loss, *shares, f"{figures['images_per_second']:.1f} images/s"])
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+_RESOLVED = "{model} on {device}{alongside}; {data}: {images} images of {classes} classes, {held_out} held out"

@@ -130,7 +130,8 @@ def _learner(
     layout = torch.channels_last if recipe.channels_last and not sharded else torch.contiguous_format
     student = nothing_in_place(prepare(clip.image).eval().requires_grad_(True).to(memory_format=layout))
     guiding = freeze(prepare(guide.image)).to(memory_format=layout)
-    plain = frozen_copy(student) if sharded or recipe.ema is not None else None
+    # A compiled tower would be compiled anew for each number of images that judging comes down to.
+    plain = frozen_copy(student) if sharded or recipe.compile or recipe.ema is not None else None
     attacked = student if sharded else freeze(frozen_view(student))
     if recipe.compile:
         for encoder in {student, attacked, guiding}:
