@@ -24,7 +24,7 @@ from PIL import Image
 
 from pmgaft.clip.preprocess import PreprocessSpec, open_image, to_pixels
 from pmgaft.clip.text import DEFAULT_TEMPLATES, fill
-from pmgaft.data import Batch, ImageSet, loader, open_dataset, skimage_crops, templates_for
+from pmgaft.data import Batch, ImageSet, loader, open_dataset, parquet, skimage_crops, templates_for
 from pmgaft.data.image_set import StoredImages
 from pmgaft.errors import DataError, InputError
 
@@ -158,6 +158,69 @@ def test_the_hash_depends_on_images_labels_and_class_names(shards: Path, tmp_pat
     assert len(hashes) == 4
 
 
+@pytest.fixture
+def read_columns(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Every column of a row group that is read: its name, and the group's first row."""
+    read: list[tuple[str, int]] = []
+    column = parquet._column
+
+    def noted(group: Any, name: str) -> pa.ChunkedArray:
+        read.append((name, group.first))
+        return column(group, name)
+
+    monkeypatch.setattr(parquet, "_column", noted)
+    return read
+
+
+@pytest.fixture
+def in_groups(shards: Path, tmp_path: Path) -> Path:
+    """The 48 training images in 24 row groups."""
+    tables = [pq.read_table(shards / f"train-0{n}.parquet") for n in (0, 1)]
+    pq.write_table(pa.concat_tables(tables), tmp_path / "train.parquet", row_group_size=2)
+    shutil.copy(shards / "classes.json", tmp_path)
+    return tmp_path
+
+
+def test_row_groups_change_nothing(shards: Path, in_groups: Path) -> None:
+    assert contents(open_dataset(str(in_groups), "train")) == contents(open_dataset(str(shards), "train"))
+
+
+def test_a_small_set_is_read_when_it_is_opened(in_groups: Path, read_columns: list[tuple[str, int]]) -> None:
+    dataset = open_dataset(str(in_groups), "train")
+    read_columns.clear()
+    contents(dataset)
+    assert read_columns == []
+
+
+def test_a_large_set_is_read_group_by_group_and_a_few_are_kept(
+    in_groups: Path, read_columns: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = contents(open_dataset(str(in_groups), "train"))
+    monkeypatch.setattr(parquet, "IN_MEMORY_UP_TO", 0)
+    read_columns.clear()
+    dataset = open_dataset(str(in_groups), "train")
+    assert {name for name, _ in read_columns} == {"label"}
+    read_columns.clear()
+    assert contents(dataset) == whole
+    assert read_columns == [("image", first) for first in range(0, 48, 2)]
+    dataset.read(47)
+    assert len(read_columns) == 24
+    dataset.read(0)
+    assert read_columns[24:] == [("image", 0)]
+
+
+def test_hugging_faces_form_of_images_and_class_names_is_read(tmp_path: Path) -> None:
+    image = pa.array([{"bytes": flat(7), "path": "7.png"}, {"bytes": flat(9), "path": None}])
+    table = pa.table({"image": image, "label": pa.array([1, 0])})
+    names = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(names)}), tmp_path / "test-0.parquet")
+    dataset = open_dataset(str(tmp_path))
+    assert dataset.class_names == ("cat", "dog")
+    assert contents(dataset) == [(flat(7), 1), (flat(9), 0)]
+    (tmp_path / "classes.json").write_text(json.dumps(["tom", "spike"]))
+    assert open_dataset(str(tmp_path)).class_names == ("tom", "spike")
+
+
 # --- image folders
 
 
@@ -273,7 +336,7 @@ def test_one_shard_is_a_set_too(tars: Path) -> None:
             lambda d: _cut_last_member(d / "shards-001.tar"),
             r"shards-001\.tar is not a readable tar file: unexpected end",
         ),
-        (lambda d: write_tar(d / "shards-001.tar", {"7.png": flat(7)}), r"sample 7 has no label \(\.cls\)"),
+        (lambda d: write_tar(d / "shards-001.tar", {"7.png": flat(7)}), r"sample 7 has no label \(\.cls, or"),
         (lambda d: write_tar(d / "shards-001.tar", {"7.cls": b"1"}), "sample 7 has no image"),
         (lambda d: write_tar(d / "shards-001.tar", {"7.png": flat(7), "7.cls": b"cat"}), r"7\.cls holds 'cat'"),
         (
@@ -307,31 +370,6 @@ def test_what_is_no_data_set_is_said_so(tmp_path: Path) -> None:
     refused(tmp_path, "holds no data set")
     (tmp_path / "a.txt").write_text("x")
     refused(tmp_path / "a.txt", "neither a .parquet file nor an uncompressed .tar")
-
-
-@pytest.fixture
-def cifar10(tmp_path: Path) -> Path:
-    """torchvision's CIFAR-10 on disk, made up: its format, four images, no check sums."""
-    import pickle
-
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    pixels = np.arange(4 * 3072, dtype=np.int64).reshape(4, 3072).astype(np.uint8)
-    for name in [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]:
-        (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": [3, 1, 0, 9]}))
-    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
-    return tmp_path
-
-
-def test_torchvisions_sets_are_opened_by_name(cifar10: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-    test = open_dataset(f"torchvision:CIFAR10?root={cifar10}", "test")
-    assert (len(test), len(open_dataset(f"torchvision:CIFAR10?root={cifar10}", "train"))) == (4, 20)
-    assert test.class_names[3] == "cat"
-    image, label = test.read(1)
-    assert label == 1
-    assert np.asarray(open_image(image))[0, :2, 0].tolist() == [0, 1]
 
 
 def test_torchvisions_refusals_are_one_line(tmp_path: Path) -> None:
@@ -371,9 +409,9 @@ def test_known_sets_have_their_templates_whatever_their_spelling() -> None:
 
 
 def test_every_shipped_template_can_be_filled() -> None:
-    from pmgaft.data.image_set import _known_templates
+    from pmgaft.data.prompts import _known_templates
 
-    for templates in _known_templates().values():
+    for templates in (t for sets in _known_templates().values() for t in sets.values()):
         assert templates
         for template in templates:
             fill(template, "cat")

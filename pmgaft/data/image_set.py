@@ -1,24 +1,21 @@
-"""What every data set looks like, and what all forms share: class names, templates, a hash."""
+"""What every data set looks like, and what all forms share: class names and a hash."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
-from importlib import resources
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, Protocol
 
-from pmgaft.clip.text import DEFAULT_TEMPLATES
 from pmgaft.errors import DataError, first_line
 
 Split = Literal["train", "test"]
 
 CLASSES_FILE = "classes.json"
-TEMPLATES_FILE = "templates.json"
+BENCHMARK_CLASSES_FILE = "classnames.txt"  # of CLIP-benchmark's sets: a name a line
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
 # Beyond this, hashing every byte would take longer than people wait; names and sizes must do.
@@ -99,10 +96,17 @@ def files_hash(files: Iterable[Path]) -> str:
 
 
 def read_class_names(folder: Path) -> tuple[str, ...]:
-    """The names in `classes.json`: a list, in label order, of names or of objects with `index` and `name`.
+    """The names in `classes.json`: a list, in label order, of names or of objects with `index` and `name`; else those
+    in CLIP-benchmark's `classnames.txt`.
 
-    Raises: DataError if the file is missing or says something else.
+    Raises: DataError if both files are missing or say something else.
     """
+    listed = folder / BENCHMARK_CLASSES_FILE
+    if listed.is_file() and not (folder / CLASSES_FILE).is_file():
+        try:
+            return tuple(line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip())
+        except (OSError, ValueError) as error:
+            raise DataError(f"{listed} cannot be read: {first_line(error)}") from error
     return tuple(entry["name"] for entry in read_classes(folder))
 
 
@@ -123,26 +127,3 @@ def read_classes(folder: Path) -> list[dict[str, str]]:
     if not entries or not good or any(entry.get("index", i) != i for i, entry in zip(wanted, entries, strict=True)):
         raise DataError(f'{file} must be a list, in label order, of names or of {{"index": 0, "name": "cat"}}')
     return entries
-
-
-def templates_for(name: str, folder: Path | None = None) -> tuple[str, ...]:
-    """The prompts for the set `name`: from templates.json in its folder, else those known here, else the default.
-
-    Raises: DataError if the folder's file is not a list of strings.
-    """
-    if folder is not None and (folder / TEMPLATES_FILE).is_file():
-        file = folder / TEMPLATES_FILE
-        try:
-            own = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{file} cannot be read: {first_line(error)}") from error
-        if not isinstance(own, list) or not own or not all(isinstance(template, str) for template in own):
-            raise DataError(f'{file} must be a list of templates such as "a photo of a {{}}."')
-        return tuple(own)
-    return _known_templates().get(re.sub(r"[-_ ]", "", name.lower()), DEFAULT_TEMPLATES)
-
-
-@cache
-def _known_templates() -> dict[str, tuple[str, ...]]:
-    content = resources.files("pmgaft.data").joinpath(TEMPLATES_FILE).read_text(encoding="utf-8")
-    return {name: tuple(templates) for name, templates in json.loads(content).items()}

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from pmgaft.clip.preprocess import open_image
-from pmgaft.data.image_set import Split, StoredImages, files_hash, templates_for
+from pmgaft.data.image_set import Split, StoredImages, files_hash
+from pmgaft.data.prompts import templates_for
 from pmgaft.errors import DataError
 
 NAME = "skimage"
