@@ -44,7 +44,7 @@ class _Section(BaseModel):
 
 
 class AttackRecipe(_Section):
-    """The inner maximisation: linf PGD on the student's cross entropy, float32, last iterate."""
+    """The inner maximisation: linf PGD on what the objective attacks, last iterate."""
 
     eps: Eps = 1 / 255
     """Radius in pixel units, "1/255" or a number; 0 trains on clean images through the same way."""
@@ -53,6 +53,7 @@ class AttackRecipe(_Section):
     step_size: Eps | None = 1 / 255
     """In pixel units; grows with eps during the ramp."""
     random_start: bool = True
+    """Begin anywhere in the ball, instead of at the image."""
     ramp: Share = 0.0
     """Share of the run over which eps rises linearly from 0."""
     precision: Precision = "float32"
@@ -73,34 +74,46 @@ class Recipe(_Section):
     train_templates: list[str] | None = None
     """Prompts of the training classes; left out: the data set's own."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Of everything random: the hold-out part, the order of images, augmentation, the attack's starts."""
 
     epochs: Positive | None = None
+    """Exactly one of epochs, steps and images says how long the run is, unless `minutes` alone does. An epoch has
+    ceil(images / batch) steps."""
     steps: Count | None = None
+    """Optimiser steps."""
     images: Count | None = None
-    """Exactly one of epochs, steps and images says how long the run is, unless `minutes` alone does."""
+    """Images seen, in batches; rounded up to whole ones."""
     minutes: Positive | None = None
     """Ends the run, schedule included, by the clock (and makes its result depend on the machine's speed)."""
 
     batch: Count = 128
+    """Images of one optimiser step, over all ranks together."""
     micro_batch: Count = 32
-    """Images worked on at once; changes speed and memory only."""
+    """Images worked on at once by a rank, gradients being accumulated over a batch; changes speed and memory only. On
+    a GPU as many as fit."""
     lr: Positive = 1e-5
+    """Learning rate at its highest."""
     schedule: Literal["cosine", "constant"] = "cosine"
+    """What the learning rate does after the warm-up; the cosine ends at 0."""
     warmup: Share = 0.0
     """Share of the run over which the learning rate rises linearly from 0."""
     optimizer: Literal["sgd", "adamw"] = "adamw"
+    """AdamW with torch's betas, or SGD with `momentum`."""
     momentum: Share = 0.9
     """Of sgd."""
     weight_decay: Weight = 0.0
+    """Of matrices and kernels; never of biases and norms."""
     clip_norm: Positive | None = None
-    """Largest norm of the gradient over all parameters."""
+    """Largest l2 norm of the gradient over all parameters; left out: no clipping."""
     ema: Share | None = None
-    """Decay per step of a running mean of the weights, which is then what is judged and kept."""
+    """Decay per step of a running mean of the weights, which is then what is judged and kept; left out: none."""
 
     image_size: Annotated[int, Field(ge=16, le=1024)] | None = None
     """Side in pixels of the pictures trained on, for towers that take any; left out: the model's own. The model's own
     is what the hold-out part is judged at."""
     augment: Literal["none", "crop-flip", "crop-flip-blur"] = "none"
+    """"crop-flip": at least half the area, mirrored every other time; "crop-flip-blur": every other one soft besides,
+    as small pictures are when enlarged."""
     workers: Annotated[int, Field(ge=0)] = 0
     """Processes that decode images ahead, for each rank; 0 decodes between the steps. Changes no pixel."""
     channels_last: bool = True
@@ -123,9 +136,9 @@ class Recipe(_Section):
     """Share of the training images kept aside to choose the checkpoint that becomes the run's model; 0: the last
     one."""
     log_every: Count = 10
-    """Steps."""
+    """Steps between two lines of log.jsonl and of the screen."""
     checkpoint_every: Count = 500
-    """Steps; hold-out accuracy is measured then, too."""
+    """Steps between two checkpoints; hold-out accuracy is measured then, too."""
 
     attack: AttackRecipe = AttackRecipe()
     objective: Annotated[AnyObjective, Field(discriminator="name"), BeforeValidator(_named)] = PmgAft()

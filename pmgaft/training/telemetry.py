@@ -49,7 +49,7 @@ class Metrics:
     """
 
     def __init__(self, port: int) -> None:
-        registry = CollectorRegistry()
+        self.registry = registry = CollectorRegistry()
 
         def gauge(name: str, meaning: str, *labels: str) -> Gauge:
             return Gauge(f"pmgaft_train_{name}", meaning, labels, registry=registry)
