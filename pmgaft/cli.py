@@ -6,12 +6,13 @@ import difflib
 import importlib
 import sys
 import traceback
+import warnings
 from typing import Any
 
 import click
 
 from pmgaft import __version__
-from pmgaft.errors import PmgaftError, RecipeError
+from pmgaft.errors import ModelWarning, PmgaftError, RecipeError
 
 # name: (where the command lives, what it does in one line)
 COMMANDS = {
@@ -66,7 +67,9 @@ class LazyGroup(click.Group):
     def main(self, *args: Any, **options: Any) -> Any:
         """Run, turn whatever went wrong into one line on stderr, and exit."""
         try:
-            result = super().main(*args, **(options | {"standalone_mode": False}))
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                result = super().main(*args, **(options | {"standalone_mode": False}))
         except RecipeError as error:
             _fail(error.message, error.exit_code)
         except PmgaftError as error:
@@ -92,6 +95,16 @@ class LazyGroup(click.Group):
 def _fail(message: str, exit_code: int) -> None:
     click.echo(f"pmgaft: error: {message}", err=True)
     sys.exit(exit_code)
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: Any = None, line: Any = None
+) -> None:
+    """Ours are for the person who typed the command, and one line; those of libraries are shown as ever."""
+    if issubclass(category, ModelWarning):
+        click.echo(f"pmgaft: warning: {_one_line(str(message))}", err=True)
+    else:
+        click.echo(warnings.formatwarning(message, category, filename, lineno, line), err=True, nl=False)
 
 
 def _one_line(message: str) -> str:

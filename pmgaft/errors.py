@@ -111,6 +111,10 @@ class ServerError(PmgaftError):
     code = "server_failed"
 
 
+class ModelWarning(UserWarning):
+    """A model that loads, and may not compute what its weights were trained to."""
+
+
 def quote(text: object, limit: int = 40) -> str:
     """The first `limit` characters of `text`, in quotes, control characters escaped: for use in messages."""
     shown = str(text)

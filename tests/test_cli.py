@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tomllib
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import pmgaft
 from pmgaft import cli, console
 from pmgaft.cli import main
 from pmgaft.device import pick_device
-from pmgaft.errors import DataError, InputError, ParityError, RecipeError
+from pmgaft.errors import DataError, InputError, ModelWarning, ParityError, RecipeError
 
 ROOT = Path(pmgaft.__file__).parents[1]
 
@@ -135,6 +136,23 @@ def test_debug_shows_where_it_happened(run: Run, command: Callable[..., None]) -
     assert code == 2
     assert "Traceback" in err
     assert err.endswith("pmgaft: error: gone\n")
+
+
+@pytest.mark.filterwarnings("always")
+def test_a_warning_of_ours_is_one_line_and_the_command_goes_on(run: Run, command: Callable[..., None]) -> None:
+    command(lambda: warnings.warn(ModelWarning("weights of\nanother model"), stacklevel=1))
+    before = warnings.showwarning
+    assert run("do") == (0, "", "pmgaft: warning: weights of another model\n")
+    assert warnings.showwarning is before
+
+
+@pytest.mark.filterwarnings("always")
+def test_a_librarys_warning_says_where_it_comes_from(run: Run, command: Callable[..., None]) -> None:
+    command(lambda: warnings.warn("old", DeprecationWarning, stacklevel=1))
+    code, _, err = run("do")
+    assert code == 0
+    assert "test_cli.py" in err
+    assert "DeprecationWarning: old" in err
 
 
 def test_a_bug_of_ours_is_not_disguised_as_a_mistake_of_theirs(command: Callable[..., None]) -> None:

@@ -7,20 +7,24 @@ import difflib
 import hashlib
 import json
 import logging
+import math
 import os
 import pickle
 import shutil
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import open_clip
 import safetensors.torch
 import torch
+from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.model import set_model_preprocess_cfg
 from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -30,7 +34,7 @@ from pmgaft.clip.image import PixelEncoder, freeze
 from pmgaft.clip.open_clip_text import TextTower, convert_tokenizer
 from pmgaft.clip.preprocess import PreprocessSpec
 from pmgaft.clip.text import TextEncoder, Tokenizer
-from pmgaft.errors import ModelError, first_line, quote
+from pmgaft.errors import ModelError, ModelWarning, first_line, quote
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -49,6 +53,20 @@ _SAFE_GLOBALS = [
     np.dtype,
     *(type(np.dtype(kind)) for kind in (np.float16, np.float32, np.float64, np.int32, np.int64)),
 ]
+
+
+_STATISTICS = {
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "clip": (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD),
+}
+"""Mean and deviation of red, green and blue, by name."""
+
+_QUICKGELU = "-quickgelu"  # the end of the names of models that open_clip builds with that activation
+_WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel, DDP and torch.compile put before every name
+
+_KIN = 0.5
+"""Cosine of two image towers' weights above which one may descend from the other: fine-tuned towers have 0.9 and more,
+towers trained apart about 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,10 +112,15 @@ def load_clip(model: str, pretrained: str | None = None, device: str | torch.dev
     "local-dir:PATH", "hf-hub:OWNER/NAME", or an open_clip model name, which needs `pretrained`.
     pretrained: an open_clip tag, a weights file, or "TAG+FILE". A FILE may hold a whole model or an image tower alone,
     in any of the forms robust CLIPs are published in; an image tower is put into the model that `model` and TAG give.
+    With "?normalize=imagenet" behind it, pictures are normalised by ImageNet's statistics instead of the model's own:
+    PMG-AFT's published weights were trained so, and no file says which it was.
     Raises: ModelError for unknown names, files that do not fit, and weights that would not compute what they were
-    trained to (QuickGELU).
+    trained to (QuickGELU). Warns (ModelWarning) where a file fits, but may not belong to this model.
     """
-    built, config, tokenizer = _build(model, pretrained)
+    weights, statistics = _split_statistics(pretrained)
+    built, config, tokenizer = _build(model, weights)
+    if statistics is not None:
+        _normalize_by(built, config, statistics)
     freeze(built).to(device)
     built.visual.output_tokens = False  # CoCa's tower would give a tuple; features are all that is used here
     spec = _preprocess_spec(built)
@@ -174,6 +197,22 @@ def _build(model: str, pretrained: str | None) -> Built:
     return built, config, tokenizer
 
 
+def _split_statistics(pretrained: str | None) -> tuple[str | None, str | None]:
+    """ "WEIGHTS?normalize=NAME" -> weights and name."""
+    weights, mark, name = (pretrained or "").partition("?normalize=")
+    if mark and name not in _STATISTICS:
+        message = f"there are no statistics {quote(name)} to normalise by; there are {', '.join(_STATISTICS)}"
+        raise ModelError(message, field="pretrained")
+    return weights or None, name or None
+
+
+def _normalize_by(model: Any, config: Config, statistics: str) -> None:
+    """For the model at hand, and for whoever loads what is saved of it."""
+    mean, std = _STATISTICS[statistics]
+    set_model_preprocess_cfg(model, _preprocess_cfg(model) | {"mean": mean, "std": std})
+    config["preprocess_cfg"] = config.get("preprocess_cfg", {}) | {"mean": list(mean), "std": list(std)}
+
+
 def _split_pretrained(pretrained: str | None) -> tuple[str | None, Path | None]:
     """ "TAG", "FILE" or "TAG+FILE" -> tag and file."""
     if pretrained is None:
@@ -243,8 +282,8 @@ def _from_name(model: str, tag: str | None, file: Path | None) -> Built:
             built = open_clip.create_model(model, pretrained=tag, load_weights=tag is not None)
     except Exception as error:  # downloads fail in many ways
         raise ModelError(f"{model} with {tag} could not be had: {first_line(error)}", field="pretrained") from error
-    if file is not None:
-        _put_into(built, file)
+    if file is not None and _put_into(built, file) == "whole":
+        _warn_of_activation(model, file)
     return built, _config_of(model, built), _open_clip_tokenizer(model, built)
 
 
@@ -258,23 +297,65 @@ def _check_tag(model: str, tag: str, tags: list[str]) -> None:
         raise ModelError(f"{tag} was trained with QuickGELU: use model = {quote(model + '-quickgelu')}", field="model")
 
 
-def _put_into(model: Any, file: Path) -> None:
-    """Load a published checkpoint, strictly, and make sure that it changed the model."""
+def _put_into(model: Any, file: Path) -> Literal["whole", "tower"]:
+    """Load a published checkpoint, strictly, and make sure that it changed the model. Returns what it held.
+
+    Warns of an image tower that shares no history with the one it replaces: the texts are then another model's.
+    """
     state = _read_weights(file)
-    target: nn.Module = model if _is_whole_model(state) else model.visual
-    before = tensors_hash(target)
-    try:
-        target.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        missing, unexpected = (sorted(names) for names in _differences(target.state_dict(), state))
-        example = f"missing {missing[:2]}, unexpected {unexpected[:2]}" if missing or unexpected else first_line(error)
-        raise ModelError(f"the weights in {file} do not fit this model: {example}", field="pretrained") from error
-    if tensors_hash(target) == before:
+    kind: Literal["whole", "tower"] = "whole" if _is_whole_model(state) else "tower"
+    target: nn.Module = model if kind == "whole" else model.visual
+    have = {name: tensor.detach().clone() for name, tensor in target.state_dict().items()}
+    misfit = _misfit(have, state)
+    if misfit:
+        raise ModelError(f"the weights in {file} do not fit this model: {misfit}", field="pretrained")
+    target.load_state_dict(state, strict=True)
+    if all(torch.equal(have[name], tensor) for name, tensor in target.state_dict().items()):
         raise ModelError(f"the weights in {file} are those the model has already", field="pretrained")
+    if kind == "tower" and _cosine(have, target.state_dict()) < _KIN:
+        message = (
+            f"the image tower in {file} does not descend from the one it replaces; unless it was trained against this "
+            "very text tower, its answers mean nothing. Name the model and the weights that it was fine-tuned from"
+        )
+        warnings.warn(message, ModelWarning, stacklevel=2)
+    return kind
 
 
-def _differences(have: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> tuple[set[str], set[str]]:
-    return have.keys() - given.keys(), given.keys() - have.keys()
+def _misfit(have: State, given: State) -> str:
+    """What keeps tensors from being loaded, in one line; empty if nothing does."""
+    problems = []
+    for names, word in ((have.keys() - given.keys(), "missing"), (given.keys() - have.keys(), "unexpected")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            problems.append(f"{word} {min(names)}{more}")
+    shapes = [name for name in have if name in given and given[name].shape != have[name].shape]
+    if shapes:
+        here, there = (" x ".join(map(str, state[shapes[0]].shape)) or "a number" for state in (given, have))
+        problems.append(f"{shapes[0]} is {here}, and {there} in the model")
+    return "; ".join(problems)
+
+
+def _cosine(one: State, other: State) -> float:
+    """Of all matrices and kernels together; biases and norms start from the same values in every training."""
+    names = [name for name, tensor in one.items() if tensor.ndim > 1]
+    dot, left, right = (
+        sum(float((a[name].double() * b[name].double()).sum()) for name in names)
+        for a, b in ((one, other), (one, one), (other, other))
+    )
+    return dot / (math.sqrt(left * right) or 1.0)
+
+
+def _warn_of_activation(model: str, file: Path) -> None:
+    """A file does not say whether it was trained with QuickGELU, and shapes are equal."""
+    twin = model.removesuffix(_QUICKGELU) if model.endswith(_QUICKGELU) else model + _QUICKGELU
+    if twin not in open_clip.list_models():
+        return
+    built, other = ("QuickGELU", "plain GELU") if model.endswith(_QUICKGELU) else ("plain GELU", "QuickGELU")
+    message = (
+        f"{file} does not say which activation it was trained with, and {model} has {built}. OpenAI's weights, and all "
+        f"fine-tuned from them, need QuickGELU, LAION's plain GELU; for {other} use {twin}"
+    )
+    warnings.warn(message, ModelWarning, stacklevel=2)
 
 
 def _is_whole_model(state: State) -> bool:
@@ -301,19 +382,30 @@ def _tensors_in(content: object, file: Path) -> State:
     state = content
     if isinstance(content, dict):
         modules = content.get("modules")
-        if (
-            "vision_encoder_state_dict" in content
-        ):  # TeCoA, PMG-AFT, TGA-ZSR, UCAT, SAFT; their state_dict is a prompter's
+        if "vision_encoder_state_dict" in content:  # TeCoA, PMG-AFT, TGA-ZSR, UCAT, SAFT; state_dict is a prompter's
             state = content["vision_encoder_state_dict"]
         elif "partial_state_dict" in content:  # AdvFLYP: the image tower under the whole model's names
-            state = {name.removeprefix("visual."): value for name, value in content["partial_state_dict"].items()}
+            state = content["partial_state_dict"]
         elif isinstance(modules, dict) and "clip.visual" in modules:  # AGFT
             state = modules["clip.visual"]
         elif "state_dict" in content:  # open_clip's training script
             state = content["state_dict"]
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ModelError(f"{file} is not a checkpoint of a kind known here", field="pretrained")
-    return {str(name).removeprefix("module."): value for name, value in state.items()}
+    tensors = {_unwrapped(str(name)): value for name, value in state.items()}
+    if any(name.startswith("vision_model.") for name in tensors):
+        message = f"{file} names its tensors as transformers' CLIPModel does; convert it to open_clip's names"
+        raise ModelError(message, field="pretrained")
+    if all(name.startswith("visual.") for name in tensors):
+        return {name.removeprefix("visual."): value for name, value in tensors.items()}
+    return tensors
+
+
+def _unwrapped(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        if name.startswith(wrapper):
+            return _unwrapped(name.removeprefix(wrapper))
+    return name
 
 
 def _open_clip_tokenizer(name: str, model: nn.Module) -> Tokenizer:
