@@ -45,6 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pmgaft.attacks import Budget
 from pmgaft.clip.image import PixelEncoder, fold_batchnorm, freeze, frozen_copy
 from pmgaft.clip.loading import load_clip, quietly
+from pmgaft.device import float32_products
 from pmgaft.evaluation.run import nothing_in_place
 from pmgaft.objectives import PmgAft
 from pmgaft.threat import ThreatModel
@@ -63,7 +64,7 @@ Step = Callable[[Tensor, Tensor], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """bf16: autocast of ours' objective (the attack stays in float32 but for one variant more) and of all of plain."""
+    """bf16: autocast of ours' objective (the attack stays in float32 but for variants more) and of all of plain."""
 
     device: str
     batch: int
@@ -160,8 +161,11 @@ def plain(model: Model, settings: Settings) -> Step:
     return step
 
 
-def ours(model: Model, settings: Settings, *, prepared: bool = True, bf16_attack: bool = False) -> Step:
-    """The step of `pmgaft train`. prepared: folded and channels last, and compiled if the settings say so."""
+def ours(
+    model: Model, settings: Settings, *, prepared: bool = True, tf32: bool = False, bf16_attack: bool = False
+) -> Step:
+    """The step of `pmgaft train`. prepared: folded and channels last, and compiled if the settings say so. tf32: what
+    the attack multiplies in float32."""
     prepare = fold_batchnorm if prepared else copy.deepcopy
     layout = torch.channels_last if prepared else torch.contiguous_format
     student = nothing_in_place(prepare(model.encoder).eval().requires_grad_(True).to(memory_format=layout))
@@ -190,15 +194,16 @@ def ours(model: Model, settings: Settings, *, prepared: bool = True, bf16_attack
     def step(pixels: Tensor, labels: Tensor) -> None:
         nonlocal done
         optimizer.zero_grad(set_to_none=True)
-        accumulate_gradients(
-            learner,
-            pixels.contiguous(memory_format=layout),
-            labels,
-            range(done, done + len(labels)),
-            threat=ThreatModel(norm="linf", eps=EPS),
-            budget=Budget(steps=STEPS, step_size=EPS),
-            micro_batch=len(labels),
-        )
+        with float32_products(tf32=tf32):
+            accumulate_gradients(
+                learner,
+                pixels.contiguous(memory_format=layout),
+                labels,
+                range(done, done + len(labels)),
+                threat=ThreatModel(norm="linf", eps=EPS),
+                budget=Budget(steps=STEPS, step_size=EPS),
+                micro_batch=len(labels),
+            )
         nn.utils.get_total_norm([p.grad for p in student.parameters() if p.grad is not None])
         optimizer.step()
         done += len(labels)
@@ -209,9 +214,12 @@ def ours(model: Model, settings: Settings, *, prepared: bool = True, bf16_attack
 VARIANTS: dict[str, Callable[[Model, Settings], Step]] = {
     "ours": ours,
     "eager": partial(ours, prepared=False),
+    "ours_tf32_attack": partial(ours, tf32=True),
     "ours_bf16_attack": partial(ours, bf16_attack=True),
     "plain": plain,
 }
+OTHER_ATTACKS = ("tf32_attack", "bf16_attack")
+"""Of variants that are measured beside the float32 attack where the objective is in bf16."""
 
 
 def floor_parts(model: Model, settings: Settings) -> dict[str, Step]:
@@ -224,9 +232,10 @@ def floor_parts(model: Model, settings: Settings) -> dict[str, Step]:
 
     def with_input_gradient(autocast: bool, pixels: Tensor, _: Tensor) -> None:
         x = pixels.clone().requires_grad_()
-        with settings.autocast(autocast):
-            total = encoder.raw(x).sum()
-        torch.autograd.grad(total, x)
+        with float32_products(tf32=False):
+            with settings.autocast(autocast):
+                total = encoder.raw(x).sum()
+            torch.autograd.grad(total, x)
 
     parts: dict[str, Step] = {"forward": forward, "forward_and_gradient": partial(with_input_gradient, True)}
     return parts | ({"forward_and_gradient_float32": partial(with_input_gradient, False)} if settings.bf16 else {})
@@ -267,7 +276,7 @@ def measure(name: str, settings: Settings) -> dict[str, Any]:
     """Seconds of every variant in every round, the floor, memory and counted operations of one model."""
     model = build(name, settings.device)
     pixels, labels = example(model.encoder, settings)
-    variants = [variant for variant in VARIANTS if settings.bf16 or variant != "ours_bf16_attack"]
+    variants = [variant for variant in VARIANTS if settings.bf16 or variant.removeprefix("ours_") not in OTHER_ATTACKS]
     if name == "vit_b32" and not settings.compiled:
         variants.remove("eager")  # without BatchNorm there is nothing to prepare
     steps = floor_parts(model, settings)
@@ -358,11 +367,13 @@ def figures(name: str, found: dict[str, Any], peak: float) -> dict[str, float]:
     }
     if "eager" in times:
         result["images_per_second_over_eager"] = ratio("eager", "ours")
-    if "ours_bf16_attack" in times:
-        rate = found["images_per_second"]["ours_bf16_attack"]
-        result["bf16_attack_images_per_second"] = rate
+    for attack in OTHER_ATTACKS:
+        if f"ours_{attack}" in times:
+            rate = found["images_per_second"][f"ours_{attack}"]
+            result[f"{attack}_images_per_second"] = rate
+            result[f"{attack}_share_of_matrix_peak"] = found["tera_operations_an_image"] * rate * 1e12 / peak
+    if "floor_bf16_attack" in times:
         result["bf16_attack_step_over_floor"] = ratio("ours_bf16_attack", "floor_bf16_attack")
-        result["bf16_attack_share_of_matrix_peak"] = found["tera_operations_an_image"] * rate * 1e12 / peak
     front = "" if name == "vit_b32" else f"{name}_"
     return {f"{front}{key}": round(value, 4) for key, value in result.items()}
 
