@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from importlib import resources
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,7 +13,10 @@ from hypothesis import strategies as st
 from pmgaft.clip.ensembles import named_templates
 from pmgaft.clip.text import DEFAULT_TEMPLATES
 from pmgaft.data import duplicate_names, templates_for
-from pmgaft.data.prompts import readable_names
+from pmgaft.data.prompts import readable_names, set_key
+from pmgaft.data.torchvision_sets import KNOWN
+
+PAGE = Path(__file__).parent.parent / "docs" / "data.md"
 
 
 def wnids() -> list[str]:
@@ -94,3 +99,12 @@ def test_a_set_that_no_convention_knows_has_each_ones_default() -> None:
 @pytest.mark.parametrize("name", ["imagenet", "Tiny-ImageNet", "tinyImageNet", "tiny-imagenet-200"])
 def test_imagenets_ensemble_is_openais(name: str) -> None:
     assert templates_for(name, prompts="clip") == named_templates("imagenet")
+
+
+@pytest.mark.skipif(not PAGE.is_file(), reason="an installed package has no docs")
+def test_the_page_lists_every_set_known_by_name_with_its_spellings_and_template() -> None:
+    rows = re.findall(r"^\| `(\w+)`(?: \(([^)]*)\))? \| [\d,]+[ \w]* \| [\w ]+ \| ([^|]+) \|", PAGE.read_text(), re.M)
+    assert {name for name, _, _ in rows} == {*KNOWN, "TinyImageNet"}
+    for name, spellings, template in rows:
+        assert templates_for(name, prompts="paper") == (template.strip(),)
+        assert {set_key(spelling) for spelling in re.findall(r"`(\w+)`", spellings)} <= {set_key(name)}
