@@ -22,7 +22,8 @@ from pmgaft.clip.image import PixelEncoder, fold_batchnorm, freeze, frozen_copy
 from pmgaft.clip.loading import Clip, load_clip
 from pmgaft.clip.text import label_features
 from pmgaft.data import loader, open_dataset
-from pmgaft.evaluation.run import Protocol, judge, nothing_in_place
+from pmgaft.evaluation.protocol import Protocol
+from pmgaft.evaluation.run import judge, nothing_in_place
 from pmgaft.objectives import PmgAft
 from pmgaft.probe import ProbeSettings, probe
 from pmgaft.threat import ThreatModel
@@ -46,8 +47,7 @@ def clean_accuracy(clip: Clip, encoder: PixelEncoder, where: Path, limit: int) -
     batches = loader(images, replace(clip.preprocess, size=encoder.size), batch_size=32)
     parts = ((next(batches)) for _ in range(-(-min(limit, len(images)) // 32)))
     pairs = ((b.pixels.contiguous(memory_format=torch.channels_last), b.labels) for b in parts)
-    protocol = Protocol(attack="none", threat=THREAT, budget=Budget())
-    return 100 * float(judge(encoder, texts, clip.logit_scale, pairs, protocol).right.double().mean())
+    return 100 * float(judge(encoder, texts, clip.logit_scale, pairs, Protocol()).right.double().mean())
 
 
 def probe_seconds(encoder: PixelEncoder, pixels: torch.Tensor, texts: torch.Tensor) -> float:

@@ -12,7 +12,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
 
-from pmgaft.clip.image import PixelEncoder, fold_batchnorm, freeze, frozen_copy
+from pmgaft.clip.image import FewSizes, PixelEncoder, fold_batchnorm, freeze, frozen_copy
 from pmgaft.clip.loading import Clip
 from pmgaft.clip.preprocess import to_pixels
 from pmgaft.errors import ModelError
@@ -123,3 +123,21 @@ def test_a_tower_that_uses_a_convolution_twice_is_not_folded_wrongly() -> None:
     torch.manual_seed(0)
     with pytest.raises(ModelError, match="twice"):
         fold_batchnorm(PixelEncoder(Twice(), (0, 0, 0), (1, 1, 1), (8, 8)))
+
+
+def test_a_padded_tower_gives_the_same_features_and_gradients_and_meets_few_batch_sizes() -> None:
+    met: list[int] = []
+
+    class Tower(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            met.append(len(images))
+            return images.square().mean(dim=(2, 3))
+
+    padded = FewSizes(Tower())
+    for size in range(41):
+        images = torch.rand(size, 3, 4, 4, generator=torch.Generator().manual_seed(size), requires_grad=True)
+        features = padded(images)
+        torch.testing.assert_close(features, images.square().mean(dim=(2, 3)))
+        (gradient,) = torch.autograd.grad(features.sum(), images)
+        torch.testing.assert_close(gradient, images.detach() / 8)
+    assert sorted(set(met)) == [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48]
