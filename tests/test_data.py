@@ -510,8 +510,10 @@ def test_a_damaged_image_is_named_with_its_set(workers: int) -> None:
         encoded=lambda index: b"junk" if index == 2 else flat(9),
         fingerprint=str,
     )
-    with pytest.raises(DataError, match="image 2 of mixed: this is not an image"):
+    with pytest.raises(DataError, match="image 2 of mixed: this is not an image") as caught:
         take(1, dataset, batch_size=4, workers=workers)
+    assert caught.tb is not None  # it holds the loader's frame, which may not keep the workers
+    assert not multiprocessing.active_children()
 
 
 def test_a_loader_that_is_left_early_ends_its_processes_and_reads_no_further() -> None:

@@ -71,6 +71,8 @@ def test_the_batch_accuracies_are_the_shares_that_the_student_answers_rightly(
         tiny_vit_clip_dir, shards, steps=1, batch=48, micro_batch=20, attack={"eps": 0}, objective={"name": objective}
     )
     (step,) = run(what, tmp_path / "run")
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert f"| {100 * step['clean_accuracy']:.1f} | {100 * step['robust_accuracy']:.1f} |" in report
     clip = _loaded(f"local-dir:{tiny_vit_clip_dir}", None, CPU)
     made = parts.build(what, CPU, Ranks())
     batch = next(loader(made.training_set, made.preprocess, batch_size=48))

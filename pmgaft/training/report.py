@@ -27,6 +27,7 @@ def _lines(events: list[dict[str, Any]], recipe: Recipe) -> list[str]:
     images = f"{facts['images']} images of {facts['classes']} classes, {facts['held_out']} more held out"
     minutes = f"{end['seconds'] / 60:.1f} minutes"
     devices = facts["device"] if facts["ranks"] == 1 else f"{facts['ranks']} ranks, the first on {facts['device']}"
+    rounding = "rounded to TF32 on a GPU" if facts["tf32"] else "in full"
     lines = [
         "# Training run",
         "",
@@ -34,6 +35,7 @@ def _lines(events: list[dict[str, Any]], recipe: Recipe) -> list[str]:
         f"- Data: {facts['data']} (hash {facts['data_hash'][:19]}), {images}",
         f"- Objective: {objective.name}, guide over {facts['guide_texts']} texts",
         f"- Attack in training: linf, eps {format_eps(attack.eps)}, {attack.steps} steps, model-input grid",
+        f"- Precision: objective {facts['precision']}, attack {facts['attack_precision']}, float32 products {rounding}",
         f"- Done: {end['step']} steps of {recipe.batch} images, {minutes} on {devices}, torch {facts['torch']}",
         "",
         "The whole recipe is in recipe.toml, every logged figure in log.jsonl.",
@@ -64,11 +66,16 @@ def _steps(events: list[dict[str, Any]]) -> list[str]:
         return []
     shown = steps[:: max(1, len(steps) // _ROWS)]
     terms = [key for key in steps[-1] if key.startswith("loss_")]
-    header = ["step", "loss", *(term.removeprefix("loss_") for term in terms), "lr", "eps", "images/s"]
+    shares = [key for key in ("clean_accuracy", "robust_accuracy") if key in steps[-1]]
+    names = [term.removeprefix("loss_") for term in terms] + [
+        share.removesuffix("_accuracy") + " %" for share in shares
+    ]
+    header = ["step", "loss", *names, "lr", "eps", "images/s"]
     rows = [
         [
             str(e["step"]),
             *(f"{e[key]:.4f}" for key in ("loss", *terms)),
+            *(f"{100 * e[key]:.1f}" for key in shares),
             f"{e['lr']:.2e}",
             f"{255 * e['eps']:.3g}/255",
             f"{e['images_per_second']:.1f}",
@@ -79,7 +86,7 @@ def _steps(events: list[dict[str, Any]]) -> list[str]:
         "",
         "## Training",
         "",
-        "Terms are shown unweighted.",
+        "Terms are shown unweighted; clean and robust: of the step's own batch, under the training attack.",
         "",
         *("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]),
     ]
