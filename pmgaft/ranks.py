@@ -53,6 +53,14 @@ class Ranks:
         """Whether it holds at any rank."""
         return bool(self.largest(float(condition)))
 
+    def gathered(self, thing: Thing) -> list[Thing]:
+        """Everyone's, in the order of the ranks, at the first rank; nothing at the others."""
+        if self.world == 1:
+            return [thing]
+        everyones: list[Any] | None = [None] * self.world if self.first else None
+        torch.distributed.gather_object(thing, everyones)
+        return everyones or []
+
     def by_first(self, work: Callable[[], Thing]) -> Thing:
         """What the first rank's work gives, or raises, to every rank."""
         if self.world == 1:

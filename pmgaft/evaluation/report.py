@@ -1,12 +1,12 @@
-"""From outcomes to figures with intervals, to the JSON of a result, and to the table on screen."""
+"""From outcomes to figures with intervals, to the JSON of a result, its rows, and its tables."""
 
 from __future__ import annotations
 
-import json
+import io
 import math
-import os
 import platform
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -18,9 +18,16 @@ import pyarrow.parquet as pq
 import torch
 
 from pmgaft import __version__
-from pmgaft.evaluation.run import Outcomes, Protocol
+from pmgaft.attacks.autoattack import standard_attacks
+from pmgaft.evaluation.checks import Check
+from pmgaft.evaluation.classes import Classes
+from pmgaft.evaluation.protocol import AUTOATTACK, Protocol
+from pmgaft.evaluation.run import NOT_RUN, STOOD, Outcomes
 
-SCHEMA = 1
+SCHEMA = 2
+
+MARK = "!"
+"""Beside the name of a set with a failed self-check."""
 
 _Z = 1.959963984540054
 """97.5 % point of the normal distribution, for intervals of 95 %."""
@@ -61,14 +68,16 @@ class Share:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetResult:
-    """One data set's outcomes and what must be known to judge them."""
+    """One data set's outcomes, in the order of its images, and what must be known to judge them."""
 
     name: str
     split: str
     hash: str
-    classes: Sequence[str]
+    names: Sequence[str]
+    classes: Classes
     templates: Sequence[str]
     outcomes: Outcomes
+    checks: Sequence[Check]
     seconds: float
 
     @property
@@ -76,29 +85,14 @@ class SetResult:
         """Answered rightly, of all images."""
         return Share(count=int(self.outcomes.right.sum()), total=len(self.outcomes))
 
-    @property
-    def robust(self) -> Share:
-        """Answered rightly clean and attacked, of all images."""
-        return Share(count=int(self.outcomes.robust.sum()), total=len(self.outcomes))
+    def robust(self, ball: int) -> Share:
+        """Answered rightly clean and under every attack in this and all smaller balls, of all images."""
+        return Share(count=int(self.outcomes.robust[:, ball].sum()), total=len(self.outcomes))
 
     @property
-    def commonest_answer(self) -> float:
-        """Share of the most frequent clean answer: a model that always says the same is perfectly robust."""
-        counts = torch.bincount(self.outcomes.clean, minlength=len(self.classes))
-        return float(counts.max()) / len(self.outcomes)
-
-    def warnings(self) -> list[str]:
-        """Why the robust figure may flatter the model; empty if nothing was noticed."""
-        outcomes, found = self.outcomes, []
-        attacked = int(outcomes.attacked.sum())
-        blind = int((outcomes.zero_gradient_share[outcomes.attacked] > 0.01).sum())
-        if not bool(outcomes.finite.all()):
-            found.append(f"{int((~outcomes.finite).sum())} images met gradients that are not finite")
-        if blind:
-            found.append(f"{blind} of {attacked} attacks saw a gradient of which more than 1 % was exactly zero")
-        if self.commonest_answer > 0.5 and len(self.classes) > 2:
-            found.append(f"{100 * self.commonest_answer:.0f} % of all clean answers are the same class")
-        return found
+    def failed(self) -> list[Check]:
+        """The self-checks that say: do not believe this."""
+        return [check for check in self.checks if check.passed is False]
 
     def to_json(self, protocol: Protocol) -> dict[str, Any]:
         """All figures; robust ones only where there was an attack."""
@@ -106,93 +100,254 @@ class SetResult:
             "name": self.name,
             "split": self.split,
             "hash": self.hash,
-            "classes": len(self.classes),
+            "classes": len(self.names),
+            "classes_told_apart": len(self.classes),
+            "merged_classes": [
+                [{"label": label, "name": name} for label, name in group] for group in self.classes.merged
+            ],
             "templates": list(self.templates),
             "images": len(self.outcomes),
             "clean": self.clean.to_json(),
-            "commonest_answer": self.commonest_answer,
+        }
+        if protocol.attacks:
+            result["robust"] = {
+                str(threat.to_json()["eps"]): self.robust(ball).to_json() | {"attacks": self._attacks(protocol, ball)}
+                for ball, threat in enumerate(protocol.threats)
+            }
+            result["gradients"] = int(self.outcomes.gradients.sum())
+        return result | {
+            "forwards": int(self.outcomes.forwards.sum()),
+            "checks": [check.to_json() for check in self.checks],
             "seconds": round(self.seconds, 2),
         }
-        if protocol.attack == "none":
-            return result
-        lost = self.clean.count - self.robust.count
-        success = Share(count=lost, total=self.clean.count).to_json() if self.clean.count else None
-        attacked = self.outcomes.zero_gradient_share[self.outcomes.attacked]
-        return result | {
-            "robust": self.robust.to_json(),
-            "attack_success": success,
-            "zero_gradient_share": float(attacked.mean()) if len(attacked) else 0.0,
-            "warnings": self.warnings(),
-        }
+
+    def _attacks(self, protocol: Protocol, ball: int) -> list[dict[str, Any]]:
+        """Per attack: on how many it was run, how many it broke, and what stands after it and all before it."""
+        if protocol.threats[ball].eps == 0:
+            return []
+        found, total = [], len(self.outcomes)
+        for place, attack in enumerate(protocol.attacks):
+            verdicts, alone = self.outcomes.stood[:, ball, place], self.outcomes.standing_alone(ball, place)
+            after = self.outcomes.standing_after(ball, place)
+            found.append(
+                {
+                    "name": str(attack),
+                    **({"runs": standard_attacks(len(self.classes))} if attack.name == AUTOATTACK else {}),
+                    "images": int((verdicts != NOT_RUN).sum()),
+                    "stood": int((verdicts == STOOD).sum()),
+                    "after": Share(count=int(after.sum()), total=total).to_json(),
+                    "alone": None if alone is None else Share(count=int(alone.sum()), total=total).to_json(),
+                }
+            )
+        return found
+
+    def rows(self, protocol: Protocol) -> pa.Table:
+        """One row per image and ball; labels are the set's own, of merged classes the first."""
+        outcomes, first = self.outcomes, self.classes.first_label
+        names = [attack.name for attack in protocol.attacks]
+        tables = []
+        for ball, threat in enumerate(protocol.threats):
+            by = [names[place] if place >= 0 else None for place in outcomes.broken_by(ball).tolist()]
+            columns: dict[str, Any] = {
+                "set": [self.name] * len(outcomes),
+                "index": outcomes.index.numpy(),
+                "label": first[outcomes.label].numpy(),
+                "clean": first[outcomes.clean].numpy(),
+                "eps": [threat.eps] * len(outcomes),
+                "robust": outcomes.robust[:, ball].numpy(),
+                "adversarial": first[outcomes.adversarial[:, ball]].numpy(),
+                "broken_by": pa.array(by, pa.string()),
+            }
+            for place, name in enumerate(names):
+                codes = outcomes.stood[:, ball, place].tolist()
+                columns[f"stood {name}"] = pa.array([None if c == NOT_RUN else c == STOOD for c in codes], pa.bool_())
+            columns |= {
+                field: getattr(outcomes, field).numpy()
+                for field in ("finite", "inside", "zero_gradient_share", "gradients", "forwards")
+            }
+            tables.append(pa.table(columns))
+        return pa.concat_tables(tables)
 
 
 def result_json(
-    model: dict[str, Any], protocol: Protocol, sets: Sequence[SetResult], device: str, outcomes_file: str
+    model: Mapping[str, Any],
+    protocol: Protocol,
+    sets: Sequence[SetResult],
+    outcomes_file: str,
+    asked: Mapping[str, Any],
+    device: torch.device,
 ) -> dict[str, Any]:
     """The whole result: what was attacked, how, with what, and what came out."""
-    budget = protocol.budget
-    attack: dict[str, Any] = {"name": protocol.attack}
-    if protocol.attack != "none":
-        attack |= {
-            "threat_model": protocol.threat.to_json(),
-            "loss": "cross entropy (as log odds)",
-            "steps": budget.steps,
-            "step_size": budget.step_for(protocol.threat.eps),
-            "restarts": budget.restarts,
-            "random_start": budget.random_start,
-            "kept": "best point of each image",
-            "precision": "float32",
-            "seed": protocol.seed,
-        }
-    shares = {"clean": [s.clean.value for s in sets], "robust": [s.robust.value for s in sets]}
-    if protocol.attack == "none":
-        del shares["robust"]
-    return {
+    trained_on = model.get("trained_on")
+    others = [s for s in sets if s.name != trained_on]
+    result: dict[str, Any] = {
         "schema": SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "model": model,
-        "attack": attack,
+        "model": dict(model),
+        "protocol": protocol.to_json(),
         "definitions": {
             "clean": "share of all images answered rightly",
-            "robust": "share of all images answered rightly both clean and attacked",
-            "attack_success": "share of the images answered rightly when clean that no longer are",
+            "robust": "share of all images answered rightly when clean and under every attack, at this and smaller eps",
+            "alone": "share of all images answered rightly when clean and under this one attack",
+            "after": "share of all images answered rightly when clean, at smaller eps, and after this and all earlier "
+            "attacks",
         },
         "sets": [s.to_json(protocol) for s in sets],
-        "average": {name: sum(values) / len(values) for name, values in shares.items()},
+        "average": _average(sets, protocol),
+    }
+    if others and len(others) < len(sets):
+        result["average_without_training_set"] = _average(others, protocol)
+    return result | {
+        "checks": {
+            "passed": not any(s.failed for s in sets),
+            "failed": [f"{s.name}: {check.name}" for s in sets for check in s.failed],
+        },
+        "asked": dict(asked),
         "outcomes": outcomes_file,
+        "code": code_version(),
         "machine": {
             "platform": platform.platform(),
             "python": platform.python_version(),
-            "device": device,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
             "threads": torch.get_num_threads(),
         },
         "versions": {"pmgaft": __version__} | {name: version(name) for name in _VERSIONS},
     }
 
 
-def write_result(path: Path, result: dict[str, Any], sets: Sequence[SetResult]) -> None:
-    """The result in `path`, and one row per image in the parquet file that it names; each written beside, then renamed.
-
-    Columns: set, index, label, clean, adversarial, attacked, robust, finite, zero_gradient_share.
-    """
-    tables = []
-    for judged in sets:
-        columns = {name: getattr(judged.outcomes, name).numpy() for name in Outcomes.__dataclass_fields__}
-        tables.append(pa.table({"set": [judged.name] * len(judged.outcomes)} | columns))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(pa.concat_tables(tables), scratch)
-    scratch.replace(path.with_name(result["outcomes"]))
-    scratch.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    scratch.replace(path)
+def code_version() -> dict[str, str | bool | None]:
+    """The commit this code is at, where it runs from a checkout, and whether files differ from it."""
+    here = Path(__file__).parents[2]
+    facts: dict[str, str | bool | None] = {"version": __version__, "commit": None}
+    if (here / ".git").exists():
+        commit = _git(here, "rev-parse", "HEAD")
+        if commit:
+            changed = _git(here, "status", "--porcelain", "--untracked-files=no", "--", "pmgaft")
+            facts |= {"commit": commit, "changed": bool(changed)}
+    return facts
 
 
-def table_rows(sets: Sequence[SetResult], protocol: Protocol) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows for the terminal: percent with intervals of 95 %, and the average over several sets."""
-    attacked = protocol.attack != "none"
-    columns = ["set", "images", "clean %", *(["robust %"] if attacked else [])]
-    rows = [[s.name, str(len(s.outcomes)), str(s.clean), *([str(s.robust)] if attacked else [])] for s in sets]
-    if len(sets) > 1:
-        averages = [[s.clean.value for s in sets], *([[s.robust.value for s in sets]] if attacked else [])]
-        rows.append(["average", "", *(f"{100 * sum(values) / len(sets):.1f}" for values in averages)])
+def _git(where: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(where), *arguments], capture_output=True, check=False, text=True, timeout=20
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _average(sets: Sequence[SetResult], protocol: Protocol) -> dict[str, Any]:
+    def mean(values: Sequence[float]) -> float:
+        return sum(values) / len(values)
+
+    average: dict[str, Any] = {"sets": len(sets), "clean": mean([s.clean.value for s in sets])}
+    if protocol.attacks:
+        average["robust"] = {
+            str(threat.to_json()["eps"]): mean([s.robust(ball).value for s in sets])
+            for ball, threat in enumerate(protocol.threats)
+        }
+    return average
+
+
+def parquet_bytes(sets: Sequence[SetResult], protocol: Protocol) -> bytes:
+    """The rows of all sets as a parquet file."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.concat_tables([s.rows(protocol) for s in sets]), buffer)
+    return buffer.getvalue()
+
+
+def accuracy_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: percent with intervals of 95 %, robust under its eps; sets with failed checks are marked."""
+    radii = list(result["sets"][0].get("robust", {}))
+    columns = ["set", "images", "clean %", *(f"{eps} %" for eps in radii)]
+    rows = []
+    for entry in result["sets"]:
+        failed = any(check["passed"] is False for check in entry["checks"])
+        shares = [entry["clean"], *(entry["robust"][eps] for eps in radii)]
+        shown = [str(Share(count=share["count"], total=share["total"])) for share in shares]
+        rows.append([entry["name"] + (f" {MARK}" if failed else ""), str(entry["images"]), *shown])
+    averages = {"average": result["average"]} if len(result["sets"]) > 1 else {}
+    if "average_without_training_set" in result:
+        averages["without " + result["model"]["trained_on"]] = result["average_without_training_set"]
+    for name, average in averages.items():
+        values = [average["clean"], *(average["robust"][eps] for eps in radii)]
+        rows.append([name, "", *(f"{100 * value:.1f}" for value in values)])
     return columns, rows
+
+
+def attacks_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: what each attack leaves, alone (where it was run on all) and after all before; percent."""
+    rows = []
+    for entry in result["sets"]:
+        for eps, share in entry.get("robust", {}).items():
+            for attack in share["attacks"]:
+                alone = "" if attack["alone"] is None else f"{100 * attack['alone']['value']:.1f}"
+                rows.append([entry["name"], eps, attack["name"], alone, f"{100 * attack['after']['value']:.1f}"])
+    return ["set", "eps", "attack", "alone %", "so far %"], rows
+
+
+def checks_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: every self-check of every set."""
+    words = {True: "ok", False: "FAILED", None: "-"}
+    found = [{check["name"]: words[check["passed"]] for check in entry["checks"]} for entry in result["sets"]]
+    names = dict.fromkeys(name for checks in found for name in checks)
+    rows = [[name, *(checks.get(name, "-") for checks in found)] for name in names]
+    return ["self-check", *(entry["name"] for entry in result["sets"])], rows
+
+
+def markdown(result: Mapping[str, Any], plots: Sequence[str]) -> str:
+    """The result as a page, with the plots that lie beside it."""
+    model, protocol = result["model"], result["protocol"]
+    lines = [f"# {model['name']}", ""]
+    lines += [f"- model: {model['name']}, sha256 {model['hash'][:16]}"]
+    if protocol["attacks"]:
+        threat = protocol["threat_models"][-1]
+        eps = ", ".join(entry["eps"] for entry in protocol["threat_models"])
+        names = ", ".join(attack_text(attack) for attack in protocol["attacks"])
+        lines += [
+            f"- threat model: {threat['norm']}, eps {eps}, {threat['grid']} grid",
+            f"- attacks, worst case per image: {names}; float32, seed {protocol['seed']}",
+        ]
+    code = result["code"]
+    commit = f", commit {code['commit'][:12]}{' with changes' if code['changed'] else ''}" if code["commit"] else ""
+    lines += [f"- code: pmgaft {code['version']}{commit}; torch {result['versions']['torch']}", ""]
+    lines += [
+        "Percent of all images: clean, and robust at each eps; Wilson intervals of 95 %.",
+        "",
+        *markdown_table(*accuracy_table(result)),
+    ]
+    if len(protocol["attacks"]) > 1:
+        lines += [
+            "",
+            "## By attack",
+            "",
+            "So far: after it and all before.",
+            "",
+            *markdown_table(*attacks_table(result)),
+        ]
+    lines += [line for plot in plots for line in ("", f"![{Path(plot).stem}]({plot})")]
+    lines += ["", "## Self-checks", "", *markdown_table(*checks_table(result)), ""]
+    for entry in result["sets"]:
+        for check in entry["checks"]:
+            mark = {True: "", False: "**failed** ", None: "not made: "}[check["passed"]]
+            lines.append(f"- {entry['name']}, {check['name']}: {mark}{check['said']}")
+    merged = [(entry["name"], group) for entry in result["sets"] for group in entry["merged_classes"]]
+    if merged:
+        lines += ["", "## Classes that the model cannot tell apart", "", "Each group was judged as one class.", ""]
+        lines += [f"- {name}: " + ", ".join(f"{c['name']} ({c['label']})" for c in group) for name, group in merged]
+    return "\n".join(lines) + "\n"
+
+
+def attack_text(attack: Mapping[str, Any]) -> str:
+    """An attack of a result's protocol, such as "apgd-ce (50 steps)"."""
+    if "steps" not in attack:
+        return f"{attack['name']} ({attack['settings']})"
+    restarts = f", {attack['restarts']} restarts" if attack["restarts"] > 1 else ""
+    return f"{attack['name']} ({attack['steps']} {'queries' if attack['name'] == 'square' else 'steps'}{restarts})"
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Its lines: the first column to the left, all others, being figures, to the right."""
+    rule = ["---", *["---:"] * (len(columns) - 1)]
+    return ["| " + " | ".join(cells) + " |" for cells in [columns, rule, *rows]]
