@@ -19,8 +19,7 @@ from pmgaft.device import float32_products
 from pmgaft.errors import PmgaftError
 from pmgaft.objectives import OBJECTIVES, AnyObjective, PmgAft
 from pmgaft.threat import ThreatModel
-from pmgaft.training import loop, parts
-from pmgaft.training.judging import right_answers
+from pmgaft.training import judging, loop, parts
 from pmgaft.training.log import read_log
 from pmgaft.training.loop import train
 from pmgaft.training.recipe import Recipe
@@ -135,11 +134,11 @@ def test_products_are_rounded_to_tf32_only_if_the_recipe_says_so_and_never_for_j
 
     before, seen, judged = allowed(), set(), set()
 
-    def judging(*args: Any) -> Tensor:
+    def noting(*args: Any) -> Tensor:
         judged.add(allowed())
-        return right_answers(*args)
+        return judging.right_answers(*args)
 
-    monkeypatch.setattr(loop, "right_answers", judging)
+    monkeypatch.setattr(loop, "right_answers", noting)
     for tf32 in (True, False):
         what = recipe(tiny_vit_clip_dir, shards, steps=1, hold_out=0.1, tf32=tf32)
         run(what, tmp_path / str(tf32), lambda event, _: seen.add(allowed()) if event == "step" else None)
@@ -180,6 +179,28 @@ def test_compiled_towers_train_as_eager_ones_do(
     assert len(compiled) == 3
     for name, value in eager.items():
         torch.testing.assert_close(traced[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+# Judging
+
+
+def test_judging_counts_the_same_when_a_gpu_is_spared_new_batch_sizes(tiny_vit_clip: Clip) -> None:
+    texts = tiny_vit_clip.text.encode(["red disc", "green square", "blue stripes"])
+    pixels = torch.rand(9, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        labels = (tiny_vit_clip.image(pixels) @ texts.T).argmax(dim=1)
+    labels[0] = (labels[0] + 1) % 3
+    encoders = tiny_vit_clip.image, judging.few_sizes(tiny_vit_clip.image)
+    standing = []
+    for eps in (1 / 255, 16 / 255, 96 / 255):
+        plain, spared = (
+            judging.right_answers(encoder, texts, 30.0, [(pixels, labels, range(9))], ThreatModel(eps=eps)).tolist()
+            for encoder in encoders
+        )
+        assert plain == spared
+        assert plain[0] == 8
+        standing.append(plain[1])
+    assert len(set(standing)) > 1  # some eps breaks some images
 
 
 # Workers

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pmgaft.attacks import Budget, cross_entropy_loss, misclassified, pgd
-from pmgaft.clip.image import PixelEncoder
+from pmgaft.clip.image import FewSizes, PixelEncoder
 from pmgaft.objectives import cosine_logits
 from pmgaft.threat import ThreatModel
 
@@ -26,6 +26,7 @@ def right_answers(
 
     texts: unit float32 [K, D]. batches: pixels float32 [B, 3, H, W] in [0, 1], labels int64 [B], a seed for each.
     """
+    encoder = few_sizes(encoder) if texts.is_cuda else encoder
     counts = torch.zeros(2, dtype=torch.float64, device=texts.device)
     for pixels, labels, seeds in batches:
         with torch.no_grad():
@@ -44,3 +45,9 @@ def right_answers(
             )
             counts[1] += (found.finite & ~found.success).sum()
     return counts
+
+
+def few_sizes(encoder: PixelEncoder) -> PixelEncoder:
+    """The same function; the rows that an attack is left with come in any number, which a GPU would plan anew for."""
+    mean, std = encoder.mean.flatten().tolist(), encoder.std.flatten().tolist()
+    return PixelEncoder(FewSizes(encoder.tower), mean, std, encoder.size).to(encoder.mean.device)
