@@ -54,6 +54,7 @@ def plot_result(result: Mapping[str, Any], path: Path) -> None:
         if curves:
             _against_eps(axes[1], {entry["name"]: _curve(entry, result) for entry in sets}, result)
             axes[1].set_title("Accuracy against eps")
+            axes[1].legend(fontsize=8)
         axes[0].figure.suptitle(_headline(result), fontsize=9, color="#555555", x=0.01, ha="left")
 
 
@@ -111,6 +112,7 @@ def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
                 points = [(event["step"], event[key]) for event in events if event.get(key) is not None]
                 axis.plot(*_transposed(points), color=_colour(place), linewidth=1.3, label=name)
             axis.set_title(titles[key])
+            axis.ticklabel_format(axis="y", scilimits=(-3, 4))
         for axis in axes[len(shown) :]:
             axis.set_visible(False)
         handles, labels = axes[0].get_legend_handles_labels()
@@ -132,7 +134,7 @@ def plot_slider(points: Sequence[tuple[float, Mapping[str, Any]]], names: tuple[
             colour, marker = _colour(place), _MARKERS[place % len(_MARKERS)]
             axes[0].plot(weights, robust, marker=marker, markersize=4, color=colour, label=f"robust, eps {eps}")
             axes[1].plot(clean, robust, marker=marker, markersize=4, color=colour, label=f"eps {eps}")
-            for weight, x, y in zip(weights, clean, robust, strict=True):
+            for weight, x, y in zip(weights, clean, robust, strict=True) if place == 0 else ():
                 axes[1].annotate(f"{weight:g}", (x, y), (4, 4), textcoords="offset points", fontsize=7, color="#555555")
         axes[0].set_xlabel(f"weight of {names[1]} (0 is {names[0]})")
         axes[0].set_ylabel("accuracy, %")
@@ -206,8 +208,6 @@ def _against_eps(axis: Any, curves: Mapping[str, Sequence[_Point]], result: Mapp
     axis.set_xticks(shown)
     axis.set_xlim(left=0)
     axis.set_ylim(bottom=0)
-    if len(curves) > 1:
-        axis.legend(fontsize=8)
 
 
 def _clean_against_robust(
@@ -222,6 +222,7 @@ def _clean_against_robust(
     axis.set_xlabel("clean, %")
     axis.set_ylabel(f"robust at {eps}, %")
     axis.margins(0.15)
+    axis.set_ylim(bottom=0)
 
 
 def _held_out(axis: Any, judged: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
