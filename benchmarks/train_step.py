@@ -2,7 +2,7 @@
 
 python benchmarks/train_step.py                 a ViT-B/32 with random weights, and mini; batch 16, float32, on the CPU
 python benchmarks/train_step.py --device cuda   the same with batch 256 and the objective in bf16, on a GPU
-python benchmarks/train_step.py --quick         a tiny model, seconds: whether everything runs, no figures to keep
+python benchmarks/train_step.py --quick         a tiny model: whether everything runs, no figures to keep
 
 plain  What the released code does, written anew from its description: the prompts are tokenised in every step and the
        text tower runs inside every attack step, the attack's backward reaches every parameter, the guide keeps a graph,
@@ -56,6 +56,7 @@ EPS = 1 / 255
 STEPS = 2
 FORWARDS = 2 * STEPS + 2 * 3 + 1
 RATE = 1e-5
+RELEASE_CLASSES = 200
 NAMES = ("vit_b32", "mini")
 
 Step = Callable[[Tensor, Tensor], None]
@@ -302,6 +303,7 @@ def measure(name: str, settings: Settings) -> dict[str, Any]:
     for label, in_attack in floors.items():
         rounds[label] = [floor(*parts) for parts in zip(forward, gradient, in_attack, strict=True)]
     operations = FORWARDS * forward_operations(model.encoder)
+    del steps, model  # before other processes need the memory
     return {
         "seconds": {variant: [round(value, 5) for value in values] for variant, values in rounds.items()},
         "images_per_second": {v: settings.batch / statistics.median(rounds[v]) for v in variants},
@@ -321,12 +323,14 @@ def forward_operations(encoder: PixelEncoder) -> int:
 def memory_on_cpu(name: str, settings: Settings) -> dict[str, int]:
     """Peak resident bytes of ours and plain, each in a process of its own; plain with half the classes, too."""
     wanted = {"ours": settings.classes, "plain": settings.classes, "plain_with_half_the_classes": settings.classes // 2}
-    peaks = {}
+    peaks: dict[str, int] = {}
     for label, classes in wanted.items():
         changed = json.dumps(asdict(settings) | {"classes": classes})
         command = [sys.executable, __file__, "--memory-of", name, label.partition("_")[0], changed]
         peaks[label] = int(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
-    return peaks
+    more_classes = (RELEASE_CLASSES - settings.classes) / (settings.classes - settings.classes // 2)
+    grown = round(more_classes * (peaks["plain"] - peaks["plain_with_half_the_classes"]))
+    return peaks | {f"plain_with_{RELEASE_CLASSES}_classes_by_extrapolation": peaks["plain"] + grown}
 
 
 def memory_of(name: str, variant: str, settings: Settings) -> int:
@@ -378,6 +382,17 @@ def figures(name: str, found: dict[str, Any], peak: float) -> dict[str, float]:
     return {f"{front}{key}": round(value, 4) for key, value in result.items()}
 
 
+def summarize() -> None:
+    """Take the figures of both results, as far as they are there, into summary.json."""
+    file = RESULTS / "summary.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    for source, front in (("train_step.json", "train."), ("train_step_cuda.json", "train.gpu_")):
+        if (RESULTS / source).is_file():
+            found = json.loads((RESULTS / source).read_text())["figures"]
+            known |= {front + name: value for name, value in found.items()}
+    file.write_text(json.dumps(dict(sorted(known.items())), indent=2) + "\n")
+
+
 def machine(settings: Settings) -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
@@ -406,6 +421,7 @@ def machine(settings: Settings) -> dict[str, Any]:
 @click.option("--model", "models", multiple=True, type=click.Choice(NAMES), help="Repeatable; left out: both.")
 @click.option("--quick", is_flag=True, help="A tiny model, two rounds; no summary is written.")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Left out: below results/.")
+@click.option("--summarize", "only_summarize", is_flag=True, help="Measure nothing; bring summary.json up to date.")
 @click.option("--memory-of", "memory_task", nargs=3, hidden=True)
 def main(
     device: str,
@@ -417,9 +433,13 @@ def main(
     models: tuple[str, ...],
     quick: bool,
     output: Path | None,
+    only_summarize: bool,
     memory_task: tuple[str, str, str] | None,
 ) -> None:
     """Measure one optimiser step; writes results/train_step.json, on a GPU results/train_step_cuda.json."""
+    if only_summarize:
+        summarize()
+        return
     if memory_task:
         name, variant, settings_json = memory_task
         print(memory_of(name, variant, Settings(**json.loads(settings_json))))
@@ -448,14 +468,16 @@ def main(
     for name in ("tiny",) if quick else models or NAMES:
         found = measure(name, settings)
         result["models"][name] = found
-        result["figures"] |= {f"train.{key}": value for key, value in figures(name, found, peak).items()}
+        result["figures"] |= figures(name, found, peak)
         print(json.dumps(result["figures"], indent=2), flush=True)
     if quick and output is None:
         return
-    output = output or RESULTS / ("train_step_cuda.json" if gpu else "train_step.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"wrote {output}")
+    target = output or RESULTS / ("train_step_cuda.json" if gpu else "train_step.json")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"wrote {target}")
+    if output is None:
+        summarize()
 
 
 if __name__ == "__main__":

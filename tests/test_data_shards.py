@@ -24,7 +24,11 @@ ENCODINGS = {"jpg": "JPEG", "jpeg": "JPEG", "png": "PNG", "webp": "WEBP"}
 def sample(index: int, **more: Any) -> dict[str, Any]:
     """A sample of webdataset's, its image in one of the four encodings."""
     kind = list(ENCODINGS)[index % 4]
-    content = {"__key__": f"part{index % 2}/{index:06d}", kind: encoded(draw(index), ENCODINGS[kind]), "cls": index % 3}
+    content = {
+        "__key__": f"part{index % 2}/{index // 2:06d}",
+        kind: encoded(draw(index), ENCODINGS[kind]),
+        "cls": index % 3,
+    }
     return content | more
 
 
