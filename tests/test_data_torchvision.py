@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import scipy.io
 import torch
+from click.testing import CliRunner
 from PIL import Image
 
+from pmgaft.cli import main
 from pmgaft.clip.preprocess import open_image
 from pmgaft.data import ImageSet, Prompts, open_dataset
 from pmgaft.data.torchvision_sets import KNOWN
@@ -444,6 +446,16 @@ def test_a_set_whose_classes_nobody_names_is_refused(tmp_path: Path) -> None:
 def test_what_torchvision_cannot_open_by_a_root_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="torchvision's FakeData is not ready"):
         read("torchvision:FakeData", tmp_path)
+
+
+def test_an_evaluation_says_which_templates_the_chosen_prompts_were(tmp_path: Path, tiny_vit_clip_dir: Path) -> None:
+    dtd(tmp_path)
+    words = ["evaluate", str(tiny_vit_clip_dir), "--dataset", "dtd", "--data-root", str(tmp_path), "--prompts", "paper"]
+    output = tmp_path / "result.json"
+    done = CliRunner().invoke(main, [*words, "--attack", "none", "--workers", "1", "--output", str(output)])
+    assert done.exit_code == 0, done.output
+    (entry,) = json.loads(output.read_text())["sets"]
+    assert entry["templates"] == ["A surface with a {} texture."]
 
 
 # --- folders by WordNet id
