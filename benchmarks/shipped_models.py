@@ -39,7 +39,7 @@ def figures() -> dict[str, float]:
         for entry in result["sets"]:
             name = f"{model.replace('-', '_')}.{entry['name']}"
             percent[f"{name}_clean"] = 100 * entry["clean"]["value"]
-            percent[f"{name}_pgd10"] = 100 * entry["robust"]["value"]
+            percent[f"{name}_pgd10"] = 100 * entry["robust"]["1/255"]["value"]
 
     def average(model: str, kind: str) -> float:
         return mean(percent[f"{model}.{name}_{kind}"] for name in ZERO_SHOT)

@@ -182,6 +182,14 @@ def test_survivors_of_several_batches_are_attacked_together() -> None:
     assert encoder.tower.calls[-3:] == [2, 2, 2]  # the last attack, on the one survivor of each of the two batches
 
 
+def test_a_model_never_sees_an_empty_batch() -> None:
+    encoder = brightness()
+    assert isinstance(encoder.tower, Brightness)
+    asked = protocol(0.01, 0.5, attacks=["pgd-ce:2", "pgd-margin:2"])
+    judge(encoder, TEXTS, 10.0, [(grey(0.49, 0.9), torch.tensor([0, 0])), (grey(0.9), torch.tensor([0]))], asked)
+    assert 0 not in encoder.tower.calls
+
+
 def test_an_images_attack_seed_is_its_number_in_the_set_whatever_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
 
@@ -409,6 +417,77 @@ def test_mistakes_end_in_one_line_and_exit_code_two(arguments: list[str], said: 
     assert done.exit_code == 2
     assert done.stderr.strip().splitlines()[-1].startswith("pmgaft: error:")
     assert said in done.stderr
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Six pictures of the model's own size, so that the resize changes nothing; two of the three classes share a
+    name."""
+    for index in range(6):
+        target = tmp_path / "small" / str(index % 3) / f"{index}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        draw(index).crop((0, 0, 32, 32)).save(target)
+    names = [{"index": index, "name": name, "source": str(index)} for index, name in enumerate(["cat", "dog", "Cat"])]
+    (tmp_path / "small" / "classes.json").write_text(json.dumps(names))
+    return tmp_path / "small"
+
+
+def outcomes(output: Path) -> list[dict[str, Any]]:
+    return pq.read_table(output.with_suffix(".parquet")).to_pylist()
+
+
+def test_classes_of_one_name_are_judged_as_one_and_reported(
+    tiny_vit_clip_dir: Path, folder: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "r.json"
+    words = ["--dataset", str(folder), "--attack", "pgd:1", "--check-images", "0", "--output", str(output)]
+    done = evaluate(f"local-dir:{tiny_vit_clip_dir}", *words)
+    assert done.exit_code == 0, done.output
+    assert "judged as one class, since the model cannot tell them apart: cat (0), Cat (2)" in done.stderr
+    (figures,) = json.loads(output.read_text())["sets"]
+    assert (figures["classes"], figures["classes_told_apart"]) == (3, 2)
+    assert figures["merged_classes"] == [[{"label": 0, "name": "cat"}, {"label": 2, "name": "Cat"}]]
+    assert {row["label"] for row in outcomes(output)} == {0, 1}
+    assert "cat (0), Cat (2)" in output.with_suffix(".md").read_text()
+
+
+def test_on_pictures_of_the_models_size_both_grids_are_one(
+    tiny_vit_clip_dir: Path, folder: Path, tmp_path: Path
+) -> None:
+    found = []
+    for grid in ("model-input", "native"):
+        output = tmp_path / f"{grid}.json"
+        words = ["--dataset", str(folder), "--attack", "pgd:3", "--eps", "0.5/255,2/255", "--check-images", "0"]
+        done = evaluate(f"local-dir:{tiny_vit_clip_dir}", *words, "--grid", grid, "--output", str(output))
+        assert done.exit_code == 0, done.output
+        found.append([{k: v for k, v in row.items() if k != "zero_gradient_share"} for row in outcomes(output)])
+    assert found[0] == found[1]
+
+
+def test_on_the_native_grid_pictures_of_unlike_sizes_are_attacked_before_they_are_resized(
+    asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes: set[tuple[int, ...]] = set()
+
+    def noted(*args: Any, **options: Any) -> Adversarial:
+        shapes.add(tuple(args[1].shape[1:]))
+        return ATTACKS["pgd-ce"](*args, **options)
+
+    monkeypatch.setattr("pmgaft.evaluation.run.ATTACKS", dict(ATTACKS) | {"pgd-ce": noted})
+    output = tmp_path / "r.json"
+    done = evaluate(*asked, "--grid", "native", "--check-images", "4", "--output", str(output))
+    assert done.exit_code == 0, done.output
+    result = json.loads(output.read_text())
+    assert {threat["grid"] for threat in result["protocol"]["threat_models"]} == {"native"}
+    assert "native grid" in output.with_suffix(".md").read_text()
+    (figures,) = result["sets"]
+    (served,) = [check for check in figures["checks"] if check["name"] == "served_alike"]
+    assert served["passed"]
+    (zeros,) = [check for check in figures["checks"] if check["name"] == "zero_gradients"]
+    assert zeros["figures"]["share"] < 0.01
+    assert len(shapes) > 1
+    assert (3, 32, 32) not in shapes
+    assert [row["index"] for row in outcomes(output)] == list(range(12))
 
 
 def test_an_attack_that_a_set_has_too_few_classes_for_is_refused_before_anything_is_judged(

@@ -183,7 +183,7 @@ def judge_images(
     for ball, threat in enumerate(protocol.threats):
         for place, attack in enumerate(protocol.attacks if threat.eps > 0 else ()):
             rows = (right if protocol.each_alone else standing).nonzero()[:, 0]
-            for done, some in enumerate(torch.split(rows, batch_size)):
+            for done, some in enumerate(torch.split(rows, batch_size) if len(rows) else ()):
                 if tell:
                     tell(f"{attack.name} at {threat.to_json()['eps']}: {min(done * batch_size, len(rows))}/{len(rows)}")
                 found = attack_rows(
