@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pmgaft.clip.ensembles import ensembles
-from pmgaft.clip.text import clean_text, label_features
+from pmgaft.clip.text import label_features
+from pmgaft.data import duplicate_names
 from pmgaft.errors import InputError, LabelsError, quote
 
 _SAME = 1e-5
@@ -58,8 +59,9 @@ def distinct_classes(
     Raises: InputError where fewer than two can be told apart; LabelsError (template_invalid, label_too_long).
     """
     features = label_features(encode, names, templates)
-    spelling: dict[str, int] = {}
-    first = torch.tensor([spelling.setdefault(clean_text(name), label) for label, name in enumerate(names)])
+    first = torch.arange(len(names))
+    for group in duplicate_names(names):
+        first[list(group)] = group[0]
     near = torch.cdist(features.double(), features.double()).cpu() < _SAME
     for label in range(len(names)):
         first[label] = min(int(first[label]), *first[near[label]].tolist())
