@@ -23,6 +23,8 @@ COMMANDS = {
     "export": ("pmgaft_export.command:export", "Turn a model or a run into a bundle that can be served."),
     "serve": ("pmgaft_serve.command:serve", "Serve a bundle or a shipped model over HTTP."),
     "classify": ("pmgaft_serve.command:classify", "Ask a running server about pictures."),
+    "labels": ("pmgaft_serve.labels_command:labels", "Find labels that are hard to tell apart."),
+    "bench": ("pmgaft_serve.bench_command:bench", "Measure a running server's throughput and latency."),
 }
 
 

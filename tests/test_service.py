@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,13 +20,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pmgaft.clip.ensembles import named_templates
 from pmgaft.clip.preprocess import PreprocessSpec
-from pmgaft.errors import PmgaftError
 from pmgaft.probe import ProbeReport, ProbeSettings
 from pmgaft.threat import ThreatModel
+from pmgaft_serve import service as service_module
+from pmgaft_serve.label_sets import LabelSet
 from pmgaft_serve.metrics import Metrics, total
 from pmgaft_serve.protocol import Limits, ModelInfo, Prediction
-from pmgaft_serve.service import Batcher, Incoming, Model, Reply, Service, Settings, probe_answer
+from pmgaft_serve.service import Incoming, Model, Record, Reply, Service, Settings, probe_answer
 
 T = TypeVar("T")
 HERE = Path(__file__).parent
@@ -67,22 +68,35 @@ class Encoder:
 
 
 class Texts:
-    """Directions of colours by name; records what was encoded. Templates are not looked at."""
+    """Directions of the colours that are named; records what was encoded, and waits while `gate` is closed."""
 
     def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = threading.Event()
         self.calls: list[tuple[str, ...]] = []
 
-    def __call__(self, labels: Sequence[str], templates: Sequence[str]) -> Tensor:
-        self.calls.append(tuple(labels))
-        rows = [COLOURS.get(label, (0.3, 0.2, 0.1)) for label in labels]
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        self.calls.append(tuple(texts))
+        self.entered.set()
+        assert self.gate.wait(20)
+        named = [next((name for name in COLOURS if name in text), None) for text in texts]
+        rows = [COLOURS[name] if name else (0.3, 0.2, 0.1) for name in named]
         return torch.nn.functional.normalize(torch.tensor(rows), dim=1)
 
 
 class Bench:
     """A service over the fake encoders, with its metrics."""
 
-    def __init__(self, settings: Settings, draining: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        draining: Callable[[], bool] = lambda: False,
+        sets: Sequence[LabelSet] = (),
+        warm: Sequence[LabelSet] = (),
+    ) -> None:
         self.encoder, self.gradient, self.texts = Encoder(), Encoder(), Texts()
+        self.records: list[Record] = []
         self.metrics = Metrics()
         model = Model(
             info=ModelInfo(name="colours", bundle="sha256:0", engine="fake-cpu", format="fake"),
@@ -92,7 +106,7 @@ class Bench:
             preprocess=PreprocessSpec(size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3),
             logit_scale=10.0,
         )
-        self.service = Service(model, settings, self.metrics, draining)
+        self.service = Service(model, settings, self.metrics, draining, self.records.append, sets, warm)
 
     async def ask(self, image: bytes = RED, labels: str = "red,green,blue", **fields: str) -> Reply:
         form = {"image": image, "labels": labels.encode()} | {name: text.encode() for name, text in fields.items()}
@@ -106,8 +120,13 @@ class Bench:
 def make() -> Iterator[Callable[..., Bench]]:
     made: list[Bench] = []
 
-    def bench(draining: Callable[[], bool] = lambda: False, **settings: Any) -> Bench:
-        made.append(Bench(Settings(**settings), draining))
+    def bench(
+        draining: Callable[[], bool] = lambda: False,
+        sets: Sequence[LabelSet] = (),
+        warm: Sequence[LabelSet] = (),
+        **settings: Any,
+    ) -> Bench:
+        made.append(Bench(Settings(**settings), draining, sets, warm))
         return made[-1]
 
     yield bench
@@ -183,9 +202,66 @@ def test_a_single_label_is_answered_with_a_note(bench: Bench) -> None:
 def test_a_known_label_is_not_encoded_again(bench: Bench) -> None:
     ask(bench, RED, "red,green")
     ask(bench, BLUE, "blue,red,green")
-    assert bench.texts.calls == [("red", "green"), ("blue",)]
+    assert bench.texts.calls == [("a photo of a red.", "a photo of a green."), ("a photo of a blue.",)]
     assert bench.counted("pmgaft_label_cache_hits_total") == 2
     assert bench.counted("pmgaft_label_cache_misses_total") == 3
+
+
+def test_labels_that_nobody_knows_of_all_waiting_requests_are_one_encode(bench: Bench) -> None:
+    async def scene() -> list[Reply]:
+        bench.texts.gate.clear()
+        first = asyncio.create_task(bench.ask(RED, "red"))
+        await until(bench.texts.entered.is_set)
+        others = [asyncio.create_task(bench.ask(RED, labels)) for labels in ("green,red", "blue,red", "grey,blue")]
+        await until(lambda: bench.service._texts._batcher.waiting == 3)
+        bench.texts.gate.set()
+        return [await task for task in (first, *others)]
+
+    assert [reply.status for reply in run(scene())] == [200] * 4
+    assert [len(texts) for texts in bench.texts.calls] == [1, 3]  # each unknown label once, red not again
+
+
+def test_templates_are_averaged_and_may_be_a_standard_set(bench: Bench) -> None:
+    assert ask(bench, RED, "red,green", templates="imagenet").status == 200
+    assert len(bench.texts.calls[0]) == 2 * len(named_templates("imagenet"))
+
+
+def test_a_label_set_is_answered_by_its_name_and_was_encoded_before_the_first_request(
+    make: Callable[..., Bench],
+) -> None:
+    bench = make(sets=[LabelSet(name="colours", labels=("red", "green", "blue"), templates=("{}",))])
+    bench.service.warm_up()
+    before = len(bench.texts.calls)
+    answer = content(ask(bench, GREEN, "@colours", top_k="1"))
+    assert answer["predictions"][0]["label"] == "green"
+    assert len(bench.texts.calls) == before
+    assert code(ask(bench, GREEN, "@colors")) == "label_set_unknown"
+
+
+def test_warm_labels_are_not_encoded_again(make: Callable[..., Bench]) -> None:
+    bench = make(warm=[LabelSet(name="", labels=("red", "green"))])
+    bench.service.warm_up()
+    before = len(bench.texts.calls)
+    ask(bench, RED, "green,red")
+    assert len(bench.texts.calls) == before
+
+
+def test_lint_names_labels_that_are_hard_to_tell_apart(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service_module, "wording_distance", lambda encode: 0.1)
+    answer = content(ask(bench, RED, "unknown one,red,unknown two", lint="true"))
+    (found,) = answer["lint"]
+    assert (found["kind"], found["labels"]) == ("near_synonyms", ["unknown one", "unknown two"])
+    assert "lint" not in content(ask(bench, RED, "unknown one,unknown two"))
+    assert content(ask(bench, RED, "red,green", lint="true"))["lint"] == []
+
+
+def test_an_answer_that_would_be_too_large_is_refused_with_the_remedy(make: Callable[..., Bench]) -> None:
+    bench = make(limits=Limits(answer_bytes=1000))
+    many = ",".join(f"label {number}" for number in range(50))
+    reply = ask(bench, RED, many)
+    assert (reply.status, code(reply)) == (422, "answer_too_large")
+    assert "top_k" in content(reply)["error"]["message"]
+    assert ask(bench, RED, many, top_k="3").status == 200
 
 
 # batches
@@ -197,7 +273,7 @@ def test_a_lone_request_waits_for_nobody_and_a_batch_forms_while_the_encoder_is_
         first = asyncio.create_task(bench.ask(RED))
         await until(bench.encoder.entered.is_set)  # alone, and already running
         others = [asyncio.create_task(bench.ask(GREEN)) for _ in range(5)]
-        await until(lambda: len(bench.service._batcher._waiting) == 5)
+        await until(lambda: bench.service._images.waiting == 5)
         bench.encoder.gate.set()
         return [await task for task in (first, *others)]
 
@@ -239,7 +315,7 @@ def test_requests_with_unlike_labels_share_a_batch_and_get_what_they_would_get_a
         first = asyncio.create_task(bench.ask(GREEN))
         await until(lambda: len(bench.encoder.batches) == 5)
         tasks = [asyncio.create_task(bench.ask(**question)) for question in questions]
-        await until(lambda: len(bench.service._batcher._waiting) == 4)
+        await until(lambda: bench.service._images.waiting == 4)
         bench.encoder.gate.set()
         await first
         return [await task for task in tasks]
@@ -256,7 +332,7 @@ def test_a_bad_row_never_harms_its_neighbours(bench: Bench) -> None:
         await until(bench.encoder.entered.is_set)
         images = [RED, colour_png(POISON), GREEN, b"no image", BLUE]
         tasks = [asyncio.create_task(bench.ask(image)) for image in images]
-        await until(lambda: len(bench.service._batcher._waiting) == 4)  # the one that is no image never gets there
+        await until(lambda: bench.service._images.waiting == 4)  # the one that is no image never gets there
         bench.encoder.gate.set()
         return [await task for task in (first, *tasks)]
 
@@ -265,19 +341,16 @@ def test_a_bad_row_never_harms_its_neighbours(bench: Bench) -> None:
     assert b"secret" not in replies[2].body
 
 
-def test_features_that_are_no_numbers_fail_their_row_alone() -> None:
-    def encode(rows: Tensor) -> Tensor:
-        return rows / rows  # 0 / 0
+def test_features_that_are_no_numbers_fail_their_row_alone(bench: Bench) -> None:
+    def encode(pixels: Tensor) -> Tensor:
+        means = pixels.mean(dim=(2, 3))
+        return torch.where(means.argmax(dim=1, keepdim=True) == 1, torch.nan, means)  # green ones
 
-    async def scene(batcher: Batcher) -> list[Any]:
-        rows = [torch.ones(2), torch.zeros(2), torch.ones(2)]
-        return await asyncio.gather(*(batcher(row) for row in rows), return_exceptions=True)
-
-    with ThreadPoolExecutor(1) as thread:
-        good, bad, also_good = run(scene(Batcher(encode, thread, 8, lambda size: None)))
-    assert isinstance(bad, PmgaftError)
-    assert torch.equal(good[0], torch.ones(2))
-    assert torch.equal(also_good[0], torch.ones(2))
+    object.__setattr__(bench.service.model, "image", encode)
+    fields = {"image.0": RED, "image.1": GREEN, "image.2": BLUE, "labels": b"red,blue"}
+    reply = run(bench.service.answer(Incoming(fields=fields, content_type="multipart/form-data")))
+    results = content(reply)["results"]
+    assert [result.get("error", {}).get("code") for result in results] == [None, "internal", None]
 
 
 def test_a_corrupt_image_between_two_good_ones_is_answered_alone(bench: Bench) -> None:
@@ -291,18 +364,24 @@ def test_a_corrupt_image_between_two_good_ones_is_answered_alone(bench: Bench) -
     assert bench.counted("pmgaft_requests_total", outcome="partial") == 1
 
 
-def test_running_out_of_memory_with_a_batch_is_tried_again_in_halves() -> None:
-    def encode(rows: Tensor) -> Tensor:
-        if len(rows) > 2:
-            raise PmgaftError("full", code="out_of_memory")
-        return rows
+def test_the_images_of_one_request_do_not_keep_a_lone_one_waiting(make: Callable[..., Bench]) -> None:
+    bench = make(batch=2)
 
-    async def scene(batcher: Batcher) -> list[tuple[Tensor, float]]:
-        return await asyncio.gather(*(batcher(torch.full((1,), float(n))) for n in range(7)))
+    async def scene() -> None:
+        bench.encoder.gate.clear()
+        first = asyncio.create_task(bench.ask(RED))
+        await until(bench.encoder.entered.is_set)
+        fields = {f"image.{number}": GREEN for number in range(6)} | {"labels": b"red,green"}
+        many = asyncio.create_task(bench.service.answer(Incoming(fields=fields, content_type="multipart/form-data")))
+        await until(lambda: bench.service._images.waiting == 6)
+        lone = asyncio.create_task(bench.ask(BLUE))
+        await until(lambda: bench.service._images.waiting == 7)
+        bench.encoder.gate.set()
+        await lone
+        assert len(bench.encoder.batches) <= 3  # it was in the second, and a third may have begun
+        assert (await many).status == (await first).status == 200
 
-    with ThreadPoolExecutor(1) as thread:
-        found = run(scene(Batcher(encode, thread, 8, lambda size: None)))
-    assert [float(row) for row, _ in found] == list(range(7))
+    run(scene())
 
 
 # refusals
@@ -514,6 +593,28 @@ def test_an_attack_on_another_answer_than_the_served_one_is_no_verdict() -> None
         assert "'green'" in (answer.reason or "")
 
 
+# the log
+
+
+def test_every_answer_is_told_to_the_log_with_counts_and_times_and_no_content(bench: Bench) -> None:
+    ask(bench, RED, "red,green", top_k="1")
+    ask(bench, b"no image", "my secret label,green")
+    good, bad = bench.records
+    assert (good.id, good.status, good.outcome, good.code) == ("id", 200, "ok", "ok")
+    assert (good.images, good.labels, good.templates, good.probe) == (1, 2, 1, False)
+    assert good.bytes_in == len(RED) + len(b"red,green1")
+    assert set(good.milliseconds) == {"queue", "decode", "text", "image", "rank", "total"}
+    assert (bad.status, bad.outcome, bad.code, bad.labels) == (415, "refused", "image_invalid", 2)
+    assert "secret" not in repr(bad)
+
+
+def test_a_request_that_is_turned_away_is_told_to_the_log_too(make: Callable[..., Bench]) -> None:
+    bench = make(token="t")
+    ask(bench)
+    (record,) = bench.records
+    assert (record.status, record.code, record.labels, record.images) == (401, "token_invalid", 0, 0)
+
+
 # the worker
 
 
@@ -537,8 +638,34 @@ def test_the_service_knows_no_front_end() -> None:
 
 def test_warming_up_runs_every_encoder_and_counts_no_request(bench: Bench) -> None:
     bench.service.warm_up()
-    assert bench.encoder.batches
+    assert bench.encoder.batches[:2] == [1, 1]
     assert bench.gradient.batches
-    assert bench.texts.calls == [("warm", "up")]
+    assert len(bench.texts.calls) == 1
+    assert bench.counted("pmgaft_probes_total") == 0
     assert bench.counted("pmgaft_requests_total") == 0
     assert bench.counted("pmgaft_model_info", name="colours", engine="fake-cpu") == 1
+    assert bench.records == []
+
+
+def test_the_first_request_finds_everything_loaded_and_encodes_no_size_for_the_first_time() -> None:
+    script = """
+import asyncio, json, sys
+sys.path.insert(0, sys.argv[1])
+from test_service import Bench, Settings, content
+bench = Bench(Settings(batch=4))
+bench.service.warm_up()
+from test_service import RED, GREEN
+import io
+from PIL import Image
+picture = io.BytesIO()
+Image.new("RGB", (300, 200), (9, 9, 200)).save(picture, "JPEG")
+sizes = set(bench.encoder.batches)
+before = set(sys.modules)
+reply = asyncio.run(bench.ask(picture.getvalue(), "red,blue", top_k="1"))
+assert reply.status == 200, reply.body
+assert sizes >= {1, 2, 4}, sizes
+print(sorted(set(sys.modules) - before))
+bench.service.close()
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(HERE)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

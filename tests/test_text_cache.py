@@ -1,4 +1,4 @@
-"""Label features are encoded once, in the order asked for, within a bound."""
+"""Label features are kept in the order asked for, within a bound, and the least used are forgotten first."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -7,90 +7,129 @@ import pytest
 import torch
 from torch import Tensor
 
-from pmgaft.errors import LabelsError
 from pmgaft_serve.text_cache import TextCache
 
 TEMPLATES = ("a {}",)
 
 
-class Encoder:
-    """Features that can be told apart, and a record of what was encoded."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
-
-    def __call__(self, labels: Sequence[str], templates: Sequence[str]) -> Tensor:
-        self.calls.append((tuple(labels), tuple(templates)))
-        return torch.tensor([[float(hash((label, tuple(templates))) % 1000), len(label)] for label in labels])
+def feature(label: str, templates: Sequence[str] = TEMPLATES) -> list[float]:
+    return [float(hash((label, tuple(templates))) % 1000), float(len(label))]
 
 
-@pytest.fixture
-def encoder() -> Encoder:
-    return Encoder()
+def rows(labels: Sequence[str], templates: Sequence[str] = TEMPLATES) -> Tensor:
+    return torch.tensor([feature(label, templates) for label in labels])
 
 
-def test_only_unknown_labels_are_encoded_and_the_order_is_the_callers(encoder: Encoder) -> None:
-    cache = TextCache(encoder)
-    first = cache.features(["cat", "dog"], TEMPLATES)
-    second = cache.features(["bird", "dog", "cat"], TEMPLATES)
-    assert [labels for labels, _ in encoder.calls] == [("cat", "dog"), ("bird",)]
-    assert torch.equal(second[[2, 1]], first)
+def store(cache: TextCache, *labels: str, templates: tuple[str, ...] = TEMPLATES) -> None:
+    cache.store(labels, templates, rows(labels, templates))
 
 
-def test_the_same_label_in_other_templates_is_another_feature(encoder: Encoder) -> None:
-    cache = TextCache(encoder)
-    plain = cache.features(["cat"], ("{}",))
-    assert not torch.equal(plain, cache.features(["cat"], ("{}", "a {}")))
-    assert torch.equal(plain, cache.features(["cat"], ("{}",)))
+def known(cache: TextCache, *labels: str, templates: tuple[str, ...] = TEMPLATES) -> list[str]:
+    found = cache.look_up(labels, templates)
+    assert torch.equal(found.features.view(-1, 2), rows([labels[i] for i in found.known], templates).view(-1, 2))
+    assert sorted(found.known + found.missing) == list(range(len(labels)))
+    return [labels[i] for i in found.known]
+
+
+def test_an_empty_cache_knows_nothing() -> None:
+    assert known(TextCache(), "cat", "dog") == []
+
+
+def test_known_labels_come_in_the_callers_order() -> None:
+    cache = TextCache()
+    store(cache, "cat", "dog", "bird")
+    assert known(cache, "bird", "fish", "cat") == ["bird", "cat"]
+    assert cache.look_up(("bird", "fish", "cat"), TEMPLATES).missing == [1]
+
+
+def test_the_same_label_in_other_templates_is_another_feature() -> None:
+    cache = TextCache()
+    store(cache, "cat")
+    assert known(cache, "cat", templates=("{}", "a {}")) == []
+    store(cache, "cat", templates=("{}", "a {}"))
+    assert known(cache, "cat") == known(cache, "cat", templates=("{}", "a {}")) == ["cat"]
     assert len(cache) == 2
 
 
-def test_a_key_is_no_joined_string(encoder: Encoder) -> None:
-    cache = TextCache(encoder)
-    cache.features(["a"], ("b {}", "c {}"))
-    cache.features(["a"], ("b {}c {}",))
-    assert len(encoder.calls) == 2
+def test_a_key_is_no_joined_string() -> None:
+    cache = TextCache()
+    store(cache, "a", templates=("b {}", "c {}"))
+    assert known(cache, "a", templates=("b {}c {}",)) == []
 
 
-def test_memory_stays_under_the_bound_and_the_least_used_goes_first(encoder: Encoder) -> None:
-    cache = TextCache(encoder, most_bytes=1500)
+def test_what_is_stored_twice_is_kept_once() -> None:
+    cache = TextCache()
+    store(cache, "cat")
+    size = cache.bytes
+    store(cache, "cat")
+    assert (len(cache), cache.bytes) == (1, size)
+
+
+def test_a_thousand_known_labels_are_one_gather(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = [f"label {number}" for number in range(1000)]
+    cache = TextCache()
+    cache.store(labels, TEMPLATES, rows(labels))
+    gathers: list[int] = []
+    real = Tensor.__getitem__
+
+    def watched(self: Tensor, index: object) -> Tensor:
+        gathers.append(1)
+        return real(self, index)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Tensor, "__getitem__", watched)
+    found = cache.look_up(labels[::-1], TEMPLATES)
+    monkeypatch.undo()
+    assert len(gathers) == 1
+    assert torch.equal(found.features, rows(labels[::-1]))
+
+
+def test_memory_stays_under_the_bound_and_the_least_used_goes_first() -> None:
+    cache = TextCache(most_bytes=3000)
+    store(cache, "kept")
     for number in range(100):
-        cache.features(["kept", f"passing {number}"], TEMPLATES)
-        assert cache.bytes <= 1500
-    assert 1 < len(cache) < 5
-    assert [labels for labels, _ in encoder.calls if "kept" in labels] == [("kept", "passing 0")]
+        assert known(cache, "kept") == ["kept"]
+        store(cache, f"passing {number}")
+        assert cache.bytes <= 3000
+    assert 3 < len(cache) < 10
+    assert known(cache, "passing 99", "passing 3") == ["passing 99"]
 
 
-def test_what_does_not_fit_is_answered_and_not_kept(encoder: Encoder) -> None:
-    cache = TextCache(encoder, most_bytes=10)
-    assert cache.features(["cat"], TEMPLATES).shape == (1, 2)
+def test_templates_that_nobody_uses_any_more_are_forgotten_too() -> None:
+    cache = TextCache(most_bytes=5000)
+    for number in range(100):
+        store(cache, "cat", templates=(f"{number} {{}}", "x" * 100 + "{}"))
+        assert cache.bytes <= 5000
+    assert len(cache._groups) == len(cache) < 10
+
+
+def test_what_does_not_fit_is_not_kept() -> None:
+    cache = TextCache(most_bytes=10)
+    store(cache, "cat")
     assert (len(cache), cache.bytes) == (0, 0)
+    assert known(cache, "cat") == []
 
 
-def test_a_failed_encoding_leaves_nothing_behind() -> None:
-    def fail(labels: Sequence[str], templates: Sequence[str]) -> Tensor:
-        raise LabelsError("too long", code="label_too_long")
-
-    cache = TextCache(fail)
-    with pytest.raises(LabelsError):
-        cache.features(["cat"], TEMPLATES)
-    assert len(cache) == 0
-
-
-def test_a_kept_feature_does_not_hold_its_batch_in_memory(encoder: Encoder) -> None:
-    cache = TextCache(encoder)
-    cache.features([str(number) for number in range(50)], TEMPLATES)
-    row = cache.look_up(["7"], TEMPLATES).features["7"]
-    assert row.untyped_storage().nbytes() == row.nbytes
+def test_no_request_makes_the_bookkeeping_wrong() -> None:
+    chance = torch.Generator().manual_seed(0)
+    cache = TextCache(most_bytes=6000)
+    for _ in range(300):
+        labels = {f"{int(n)}" * int(n % 5 + 1) for n in torch.randint(40, (6,), generator=chance)}
+        templates = (f"{int(torch.randint(3, (1,), generator=chance))} {{}}",)
+        known(cache, *labels, templates=templates)
+        store(cache, *labels, templates=templates)
+        size = sum(group.bytes + sum(cache._size(label) for label in group.rows) for group in cache._groups.values())
+        assert cache.bytes == size <= 6000
+        assert len(cache) == sum(len(group.rows) for group in cache._groups.values())
 
 
-def test_many_threads_get_what_one_would(encoder: Encoder) -> None:
-    cache = TextCache(encoder, most_bytes=2000)
-    alone = {str(number): encoder([str(number)], TEMPLATES)[0] for number in range(20)}
+def test_many_threads_get_what_one_would() -> None:
+    cache = TextCache(most_bytes=4000)
 
     def ask(start: int) -> bool:
         labels = [str((start + step) % 20) for step in range(10)]
-        return torch.equal(cache.features(labels, TEMPLATES), torch.stack([alone[label] for label in labels]))
+        store(cache, *labels)
+        known(cache, *labels)
+        return True
 
     with ThreadPoolExecutor(8) as threads:
         assert all(threads.map(ask, range(200)))

@@ -101,9 +101,9 @@ def to_pixels(image: Image.Image, spec: PreprocessSpec) -> Tensor:
 def read_pixels(data: bytes, spec: PreprocessSpec, limits: ImageLimits = ImageLimits()) -> Tensor:
     """`to_pixels(open_image(data))`, in a fraction of the time for large JPEGs: float32 [3, H, W] in [0, 1].
 
-    A JPEG of at least four times the size it is resized to is decoded at 1/2, 1/4 or 1/8 of its own, at least twice that
-    size being left; everything else takes the exact path. Tolerance, on photographs: pixels differ by less than one of
-    255 grey levels on average, and by 16 at most.
+    A JPEG of at least four times the size it is resized to is decoded at 1/2, 1/4 or 1/8 of its own, at least twice
+    that size being left; everything else takes the exact path. Tolerance, on photographs: pixels differ by less than
+    one of 255 grey levels on average, and by 16 at most.
     Raises: as `open_image`.
     """
     image = _header(data, limits)

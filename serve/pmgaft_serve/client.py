@@ -33,17 +33,24 @@ class RefusedError(ServerError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """What is asked about every picture. None leaves the choice to the server. probe: as in the HTTP interface."""
+    """What is asked about every picture, as in the HTTP interface. None leaves the choice to the server.
 
-    labels: Sequence[str]
-    templates: Sequence[str] | None = None
+    labels: a list, or the "@NAME" of a label set. templates: a list, or the name of a standard set.
+    """
+
+    labels: Sequence[str] | str
+    templates: Sequence[str] | str | None = None
     top_k: int | None = None
     probe: Mapping[str, Any] | None = None
 
     def form(self) -> dict[str, str]:
         """As the fields of a form."""
-        values = {"labels": list(self.labels), "templates": self.templates, "top_k": self.top_k, "probe": self.probe}
-        return {name: json.dumps(value) for name, value in values.items() if value is not None}
+        values = {"labels": self.labels, "templates": self.templates, "top_k": self.top_k, "probe": self.probe}
+        return {
+            name: value if isinstance(value, str) else json.dumps(value)
+            for name, value in values.items()
+            if value is not None
+        }
 
 
 class Client:

@@ -7,16 +7,25 @@ import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 if TYPE_CHECKING:
+    import torch
+
     from .client import Client, Question
-    from .protocol import Answer
+    from .label_sets import LabelSet
+    from .protocol import Answer, Limits
+    from .request_log import LogFormat
     from .torchserve import ServeOptions, Server
 
 EXIT_BROKEN = 3
+# as in engines.CHOICES, which cannot be imported as quickly as help should come
+ENGINES = (
+    "auto", "torchscript", "onnxruntime", "tensorrt", "aotinductor",
+    "torchscript-fp16", "onnx", "onnx-fp16", "onnx-int8", "pt2", "pt2-fp16",
+)  # fmt: skip
 
 
 @click.command(short_help="Serve a bundle or a shipped model over HTTP.")
@@ -24,38 +33,93 @@ EXIT_BROKEN = 3
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need --token.")
 @click.option("--port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="0: any free one.")
 @click.option("--metrics-port", type=click.IntRange(0, 65535), help="/metrics, /healthz, /readyz [default: --port + 2]")
+@click.option("--grpc-port", type=click.IntRange(1, 65535), help="TorchServe's gRPC [default: a free one, on loopback]")
 @click.option(
-    "--workers", default=1, show_default=True, type=click.IntRange(1, 64), help="Processes with a model each."
+    "--workers", type=click.IntRange(1, 64), help="Processes with a model each [default: one for each GPU, else 1]"
 )
+@click.option("--threads", type=click.IntRange(1), help="Of each worker's encoder [default: cores / workers]")
+@click.option("--decoders", type=click.IntRange(1), help="Threads of each worker that decode [default: as --threads]")
+@click.option("--batch", default=32, show_default=True, type=click.IntRange(1, 1024), help="Images encoded at once.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--engine", default="auto", show_default=True, type=click.Choice(["auto", "torchscript", "onnxruntime"]))
+@click.option(
+    "--engine", default="auto", show_default=True, type=click.Choice(ENGINES), metavar="NAME",
+    help="auto, an engine (torchscript, onnxruntime, tensorrt, aotinductor), or a format of the bundle (onnx-int8 ...).",
+)  # fmt: skip
 @click.option("--token", envvar="PMGAFT_TOKEN", help="Ask clients for this token; better given as PMGAFT_TOKEN.")
 @click.option("--probes", default=1, show_default=True, type=click.IntRange(0, 64), help="Probes at once; 0: none.")
 @click.option(
     "--probe-seconds", default=30.0, show_default=True, type=click.FloatRange(0.1), help="Most for one probe."
 )
 @click.option("--max-requests", default=64, show_default=True, type=click.IntRange(1), help="In work; others get 503.")
+@click.option(
+    "--limit", "limits", multiple=True, metavar="NAME=VALUE", help="Of one request, such as labels=5000 (see below)."
+)
+@click.option("--label-set", "label_sets", multiple=True, metavar="NAME=FILE", help='Labels to ask for as "@NAME".')
+@click.option(
+    "--warm-labels",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A file of labels to encode before the first request.",
+)
+@click.option("--label-cache", default=256, show_default=True, type=click.IntRange(1), help="For labels: megabytes.")
+@click.option(
+    "--log-format",
+    default="text",
+    show_default=True,
+    type=click.Choice(["none", "text", "json"]),
+    help="One line a request on stdout.",
+)
+@click.option(
+    "--start-seconds", default=180.0, show_default=True, type=click.FloatRange(1), help="Until a worker must be ready."
+)
+@click.option(
+    "--drain-seconds",
+    default=30.0,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="For requests in work at the end.",
+)
 def serve(
     bundle_or_name: str,
     host: str,
     port: int,
     metrics_port: int | None,
-    workers: int,
+    grpc_port: int | None,
+    workers: int | None,
+    threads: int | None,
+    decoders: int | None,
+    batch: int,
     device: str,
     engine: str,
     token: str | None,
     probes: int,
     probe_seconds: float,
     max_requests: int,
+    limits: tuple[str, ...],
+    label_sets: tuple[str, ...],
+    warm_labels: tuple[Path, ...],
+    label_cache: int,
+    log_format: str,
+    start_seconds: float,
+    drain_seconds: float,
 ) -> None:
     """Serve BUNDLE_OR_NAME over HTTP until Ctrl-C: a bundle's directory, a run, `mini` or `mini-robust`.
 
-    Limits on probes and requests are each worker's.
+    Limits on probes and requests are each worker's. A file of labels has one a line, or is a JSON list, or a JSON
+    object with "labels" and "templates" (a list, or the name of a standard set such as "imagenet").
+
+    \b
+    Names for --limit, with their defaults:
+      request_bytes 33554432, answer_bytes 8388608, image_bytes 20971520,
+      image_pixels 50000000, images 16, labels 1000, label_characters 300,
+      templates 100, texts 10000 (labels times templates not seen before),
+      steps 200, restarts 10
 
     \b
     Example:
       pmgaft serve mini-robust
       pmgaft serve mini-robust --port 0 --workers 2 --engine onnxruntime
+      pmgaft serve mini --label-set pets=pets.txt --limit labels=5000
     """
     from pmgaft.console import note, step
     from pmgaft.device import pick_device
@@ -63,6 +127,7 @@ def serve(
     from pmgaft_export.bundle import open_bundle
     from pmgaft_export.shipped import bundle_for
 
+    from .label_sets import read_label_set
     from .service import Settings
     from .torchserve import ServeOptions, is_loopback
 
@@ -71,13 +136,21 @@ def serve(
         raise InputError(message, field="host", code="token_missing")
     if token is not None and not (token.isascii() and token.isprintable() and token.strip() == token and token):
         raise InputError("a token is one or more printable ASCII characters", field="token", code="token_invalid")
-    pick_device(device)
+    processes = workers or _gpus(pick_device(device), device)
+    cores = max(1, _cores() // processes)
+    limited = _limits(limits)
+    sets = _label_sets(label_sets, limited.label_characters)
+    warm = tuple(read_label_set(path, longest=limited.label_characters) for path in warm_labels)
     with step(f"opening {bundle_or_name}"):
         bundle = open_bundle(bundle_for(bundle_or_name, note))
     settings = Settings(
+        limits=limited,
         token=token,
         requests=max_requests,
-        threads=max(1, _cores() // workers),
+        batch=batch,
+        threads=threads or cores,
+        decoders=decoders or threads or cores,
+        cache_bytes=label_cache * 2**20,
         probes=probes,
         probe_seconds=probe_seconds,
     )
@@ -86,10 +159,16 @@ def serve(
         host=host,
         port=port,
         metrics_port=metrics_port,
-        workers=workers,
+        grpc_port=grpc_port,
+        workers=processes,
         device=device,
         engine=engine,
         settings=settings,
+        sets=sets,
+        warm=warm,
+        log=cast("LogFormat", log_format),
+        start_seconds=start_seconds,
+        drain_seconds=drain_seconds,
     )
     _serve(options, bundle.manifest.name)
 
@@ -97,6 +176,49 @@ def serve(
 def _cores() -> int:
     """Processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _gpus(device: torch.device, asked: str) -> int:
+    """Workers where none were asked for: one for each GPU that is to be used, one where none is."""
+    import torch
+
+    return torch.cuda.device_count() if device.type == "cuda" and ":" not in asked else 1
+
+
+def _limits(texts: tuple[str, ...]) -> Limits:
+    """What NAME=VALUE texts change about the defaults."""
+    from dataclasses import fields, replace
+
+    from pmgaft.clip.preprocess import ImageLimits
+    from pmgaft.errors import InputError, quote
+
+    from .protocol import Limits
+
+    image = {"image_bytes": "bytes", "image_pixels": "pixels"}
+    names = [*(one.name for one in fields(Limits) if one.name != "image"), *image]
+    changes: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in names or not value.isdecimal() or not int(value):
+            message = f"{quote(text)} is no limit; write NAME=VALUE with a whole number, NAME one of {', '.join(names)}"
+            raise InputError(message, field="limit", code="limit_invalid")
+        changes[name] = int(value)
+    images = replace(ImageLimits(), **{image[name]: value for name, value in changes.items() if name in image})
+    return replace(Limits(image=images), **{name: value for name, value in changes.items() if name not in image})
+
+
+def _label_sets(texts: tuple[str, ...], longest: int) -> tuple[LabelSet, ...]:
+    """The sets of NAME=FILE texts."""
+    from pmgaft.errors import InputError
+
+    from .label_sets import named_label_set
+
+    sets = [named_label_set(text, longest=longest) for text in texts]
+    names = [one.name for one in sets]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"the label set {name} is given twice", field="label_set", code="label_set_invalid")
+    return tuple(sets)
 
 
 def _serve(options: ServeOptions, name: str) -> None:
@@ -134,13 +256,23 @@ def _serve(options: ServeOptions, name: str) -> None:
 def _banner(server: Server, name: str) -> None:
     from .client import DEFAULT_URL
 
+    if server.options.log == "json":
+        from .request_log import event_line
+
+        content = {"event": "ready", "model": name, "engine": server.engine, "url": server.url, "grpc": server.grpc}
+        content |= {"metrics": server.metrics_url, "log": str(server.log)}
+        click.echo(event_line("info", content))
+        sys.stdout.flush()
+        return
     where = "" if server.url == DEFAULT_URL else f" --url {server.url}"
     token = " --token TOKEN" if server.options.settings.token else ""
     workers = server.options.workers
+    grpc = f"  grpc      {server.grpc}\n" if server.options.grpc_port else ""
     click.echo(
         f"{name} is ready at {server.url} ({server.engine}, {workers} worker{'s' * (workers > 1)})\n"
         f"  metrics   {server.metrics_url}/metrics (there too: /healthz /readyz /openapi.json)\n"
         f"  log       {server.log}\n"
+        f"{grpc}"
         f"  try       pmgaft classify cat.jpg --labels cat,dog,toaster{where}{token}\n"
         f"  stop      Ctrl-C"
     )
@@ -149,11 +281,12 @@ def _banner(server: Server, name: str) -> None:
 
 @click.command(short_help="Ask a running server about pictures.")
 @click.argument("images", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--labels", multiple=True, help="What it might be, separated by commas; may be given several times.")
+@click.option("--labels", multiple=True, help="What it might be, separated by commas; or a set's @NAME.")
 @click.option(
     "--label-file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A file with a label a line."
 )
 @click.option("--template", multiple=True, help='Prompt with one "{}" for the label; several are averaged.')
+@click.option("--templates", help='A standard set of prompts by name, such as "imagenet".')
 @click.option("--top-k", type=click.IntRange(1), help="Show only the most probable labels.")
 @click.option("--probe", is_flag=True, help="Attack each answer, and say whether it broke.")
 @click.option("--eps", default="1/255", show_default=True, help="With --probe: largest change of a pixel (linf).")
@@ -168,6 +301,7 @@ def classify(
     labels: tuple[str, ...],
     label_file: Path | None,
     template: tuple[str, ...],
+    templates: str | None,
     top_k: int | None,
     probe: bool,
     eps: str,
@@ -193,9 +327,11 @@ def classify(
 
     if fail_on_broken and not probe:
         raise click.UsageError("--fail-on-broken needs --probe")
+    if template and templates:
+        raise click.UsageError("give either --template or --templates")
     question = Question(
-        labels=_labels(labels, label_file),
-        templates=template or None,
+        labels=label_list(labels, label_file),
+        templates=templates or template or None,
         top_k=top_k,
         probe=_probe(eps, steps, seed) if probe else None,
     )
@@ -238,15 +374,15 @@ def _show(image: Path, answer: Answer, as_json: bool) -> None:
     show(Console(highlight=False), str(image), answer)
 
 
-def _labels(labels: tuple[str, ...], label_file: Path | None) -> list[str]:
-    """All labels of the command line, then those of the file."""
+def label_list(labels: tuple[str, ...], label_file: Path | None) -> list[str] | str:
+    """All labels of the command line, then those of the file; or the "@NAME" of a set that the server knows."""
+    from .label_sets import MARK, read_label_set
+
     listed = [label.strip() for text in labels for label in text.split(",")]
+    if label_file is None and len(listed) == 1 and listed[0].startswith(MARK):
+        return listed[0]
     if label_file is not None:
-        try:
-            lines = label_file.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError:
-            raise click.UsageError(f"{label_file} is not UTF-8 text") from None
-        listed += [line.strip() for line in lines if line.strip()]
+        listed += read_label_set(label_file).labels
     if not listed:
         raise click.UsageError("give --labels cat,dog,toaster or --label-file FILE")
     return listed

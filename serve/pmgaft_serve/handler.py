@@ -7,21 +7,26 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ts.context import Context
 
+from . import worker_loop
+
 if TYPE_CHECKING:
-    from .service import Incoming, Service
+    from .service import Incoming, Record, Service
 
 logger = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(r"[!-~]{1,128}")  # visible ASCII: it goes into logs and answers
 
 
 class Handler:
@@ -30,6 +35,7 @@ class Handler:
     def initialize(self, context: Context) -> None:
         """Load the model and try it. Where that fails, the reason is left in a file for the launcher."""
         config: Mapping[str, Any] = context.model_yaml_config["pmgaft"]
+        worker_loop.install()
         _log_to_stderr()
         _end_with(config["launcher"])
         try:
@@ -38,9 +44,9 @@ class Handler:
             Path(config["state"], "failure.txt").write_text(_reason(error), encoding="utf-8")
             raise
 
-    async def handle(self, data: list[dict[str, bytearray]], context: Context) -> list[bytes]:
+    async def handle(self, data: list[dict[str, bytes]], context: Context) -> list[bytes]:
         """Answer the one request in `data`."""
-        reply = await self._service.answer(_incoming(data[0], context))
+        reply = await self._service.answer(incoming(data[0], context))
         context.set_response_status(reply.status, HTTPStatus(reply.status).phrase, 0)
         context.set_response_content_type(0, "application/json")
         for name, value in reply.headers.items():
@@ -48,39 +54,67 @@ class Handler:
         return [reply.body]
 
 
-def _incoming(fields: Mapping[str, bytearray], context: Context) -> Incoming:
+def incoming(fields: Mapping[str, bytes], context: Context) -> Incoming:
+    """One request as the service takes it.
+
+    Its id is the client's X-Request-Id where that is visible ASCII, else TorchServe's. What comes by gRPC has no
+    headers: there, `authorization` and `x-request-id` are entries of the input map, beside the form's fields.
+    """
     from .service import Incoming
 
-    # header names come as the client spelled them; under the names of form fields lie dicts, which are not headers
-    headers = {
-        name.lower(): value for name, value in context.get_all_request_header(0).items() if isinstance(value, str)
-    }
+    headers: dict[str, str] = {name.lower(): value for name, value in context.get_all_request_header(0).items()}
+    if not headers:
+        headers = {name: fields[name].decode("latin-1") for name in ("authorization", "x-request-id") if name in fields}
+        fields = {name: value for name, value in fields.items() if name not in headers}
+    asked = headers.get("x-request-id", "")
     return Incoming(
-        fields={name: bytes(value) for name, value in fields.items()},
+        fields=fields,
         content_type=headers.get("content-type"),
         authorization=headers.get("authorization"),
-        request_id=context.get_request_id(0) or "",
+        request_id=asked if _REQUEST_ID.fullmatch(asked) else context.get_request_id(0) or "",
     )
 
 
 def _service(config: Mapping[str, Any], gpu_id: int | None) -> Service:
+    import torch
     from pydantic import TypeAdapter
 
     from pmgaft_export.bundle import open_bundle
 
     from .engines import worker_device
+    from .label_sets import load_label_sets
     from .metrics import Metrics
     from .service import Service, Settings, model_of
 
     settings = TypeAdapter(Settings).validate_python(config["settings"])
     device = worker_device(config["device"], gpu_id)
     model = model_of(open_bundle(Path(config["bundle"])), config["engine"], device, settings.threads)
+    torch.set_num_threads(1)  # of this thread, the event loop's: its sums are too small to share
     metrics = Metrics()
-    draining = Path(config["state"], "draining")
-    service = Service(model, settings, metrics, draining.exists)
+    state = Path(config["state"])
+    service = Service(
+        model,
+        settings,
+        metrics,
+        draining=(state / "draining").exists,
+        on_answered=_request_log(state, config["log"]),
+        sets=load_label_sets(state / "label-sets.json"),
+        warm=load_label_sets(state / "warm-labels.json"),
+    )
     service.warm_up()
     metrics.count("pmgaft_worker_starts_total")
     return service
+
+
+def _request_log(state: Path, form: Any) -> Callable[[Record], None]:
+    """Where each answer is noted; warnings and errors go there too, beside TorchServe's log."""
+    from .request_log import SOCKET, Lines, request_line
+
+    if form == "none":
+        return lambda record: None
+    lines = Lines(state / SOCKET, form)
+    logging.getLogger("pmgaft_serve").addHandler(lines.logging_handler())
+    return lambda record: lines.write(request_line(record, form))
 
 
 def _reason(error: Exception) -> str:

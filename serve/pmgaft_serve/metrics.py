@@ -97,6 +97,20 @@ SERIES: tuple[Series, ...] = (
         name="pmgaft_label_cache_misses_total", kind="counter", unit="labels", help="Labels that had to be encoded."
     ),
     Series(
+        name="pmgaft_texts_encoded_total",
+        kind="counter",
+        unit="texts",
+        help="Texts (a label in a template) that the text encoder was given.",
+    ),
+    Series(
+        name="pmgaft_label_cache_labels",
+        kind="gauge",
+        unit="labels",
+        mode="livesum",
+        help="Label features kept, each in its templates.",
+    ),
+    Series(name="pmgaft_label_cache_bytes", kind="gauge", unit="bytes", mode="livesum", help="Size of what is kept."),
+    Series(
         name="pmgaft_rejected_total",
         kind="counter",
         unit="requests",

@@ -21,8 +21,13 @@ from pydantic.json_schema import models_json_schema
 from pmgaft import __version__
 from pmgaft.clip.preprocess import ImageLimits
 from pmgaft.clip.text import DEFAULT_TEMPLATES, check_labels, fill
-from pmgaft.errors import InputError, PmgaftError, ThreatError, quote
+from pmgaft.errors import InputError, LabelsError, PmgaftError, ThreatError, quote
 from pmgaft.threat import ThreatModel, parse_eps
+
+from .label_sets import MARK, LabelSet, templates_from
+
+LabelSets = Mapping[str, LabelSet]
+NO_SETS: LabelSets = {}
 
 PATH = "/predictions/pmgaft"
 
@@ -58,6 +63,7 @@ STATUS: dict[str, int] = {
     "labels_too_few": 422,
     "labels_too_many": 422,
     "labels_duplicate": 422,
+    "label_set_unknown": 422,
     "label_empty": 422,
     "label_too_long": 422,
     "template_invalid": 422,
@@ -70,6 +76,7 @@ STATUS: dict[str, int] = {
     "step_size_invalid": 422,
     "restarts_invalid": 422,
     "seed_invalid": 422,
+    "answer_too_large": 422,
     # 429, 503: not now; both come with Retry-After
     "probe_busy": 429,
     "overloaded": 503,
@@ -85,9 +92,14 @@ RETRY_AFTER_SECONDS: dict[str, int] = {"probe_busy": 5, "overloaded": 1, "draini
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one request may ask for. `request_bytes` counts the whole body; texts are labels times templates."""
+    """What one request may ask for.
+
+    request_bytes: of the whole body; answer_bytes: of the answer's. texts: labels times templates that the server has
+    not seen before. labels: in a list; those of a named set are the operator's affair.
+    """
 
     request_bytes: int = 32 * 2**20
+    answer_bytes: int = 8 * 2**20
     image: ImageLimits = field(default_factory=ImageLimits)
     images: int = 16
     labels: int = 1000
@@ -113,15 +125,17 @@ class ProbeOptions:
 class Request:
     """A request that can be tried. An image that could not even be read from the body is its error.
 
-    several: asked as a list, and so answered as one.
+    several: asked as a list, and so answered as one. label_set: the name of the set the labels are, if they are one.
     """
 
     images: tuple[bytes | PmgaftError, ...]
     several: bool
     labels: tuple[str, ...]
+    label_set: str | None
     templates: tuple[str, ...]
     top_k: int | None
     probe: ProbeOptions | None
+    lint: bool
 
 
 def _only_eps(value: object) -> object:
@@ -149,12 +163,19 @@ class RequestModel(BaseModel):
 
     image: str | None = Field(None, description="The image file, in base64.")
     images: list[str] | None = Field(None, description="Several image files, in base64; the answer has `results`.")
-    labels: list[str] = Field(description="The answer's probabilities are over these alone.")
-    templates: list[str] = Field(list(DEFAULT_TEMPLATES), description='Prompts with one "{}" for the label; averaged.')
+    labels: list[str] | str = Field(
+        description='The answer\'s probabilities are over these alone. "@NAME" is a set that the server knows.'
+    )
+    templates: list[str] | str | None = Field(
+        None,
+        description='Prompts with one "{}" for the label, averaged; or the name of a standard set, such as "imagenet". '
+        f"By default the label set's own, else {json.dumps(list(DEFAULT_TEMPLATES))}.",
+    )
     top_k: int | None = Field(None, ge=1, description="How many predictions to answer; all by default.")
     probe: Annotated[
         ProbeModel | None, BeforeValidator(_only_eps, json_schema_input_type=ProbeModel | str | float | None)
     ] = None
+    lint: bool = Field(False, description="Also name labels that are hard to tell apart, whatever the picture.")
 
 
 class Prediction(BaseModel):
@@ -220,11 +241,22 @@ class Result(BaseModel):
     error: ErrorBody | None = None
 
 
+class LintFinding(BaseModel):
+    """Two labels that are hard to tell apart. wordings: their distance, in distances of two wordings of one label."""
+
+    kind: Literal["near_synonyms", "overlap"]
+    labels: list[str]
+    similarity: float
+    wordings: float
+    statement: str
+
+
 class Answer(BaseModel):
     """The answer to one image: labels from the most to the least probable."""
 
     predictions: list[Prediction]
     probe: ProbeAnswer | None = None
+    lint: list[LintFinding] | None = None
     note: str
     model: ModelInfo
     timing_ms: dict[str, float]
@@ -235,13 +267,14 @@ class Answers(BaseModel):
     """The answer to several images, in their order."""
 
     results: list[Result]
+    lint: list[LintFinding] | None = None
     note: str
     model: ModelInfo
     timing_ms: dict[str, float]
     request_id: str
 
 
-def parse_json(data: bytes, limits: Limits) -> Request:
+def parse_json(data: bytes, limits: Limits, sets: LabelSets = NO_SETS) -> Request:
     """A JSON body -> Request. Raises: PmgaftError with a code of STATUS."""
     _check_size(len(data), limits)
     if not data.strip():
@@ -254,13 +287,13 @@ def parse_json(data: bytes, limits: Limits) -> Request:
         raise InputError("send either image or images", field="images", code="images_ambiguous")
     if model.images is None:
         images: list[bytes | PmgaftError] = [_base64(model.image, "image")] if model.image is not None else []
-        return _request(model, images, several=False, limits=limits)
+        return _request(model, images, several=False, limits=limits, sets=sets)
     _check_count(len(model.images), limits)
     images = [_base64_or_error(text, f"images.{number}") for number, text in enumerate(model.images)]
-    return _request(model, images, several=True, limits=limits)
+    return _request(model, images, several=True, limits=limits, sets=sets)
 
 
-def parse_form(fields: Mapping[str, bytes], limits: Limits) -> Request:
+def parse_form(fields: Mapping[str, bytes], limits: Limits, sets: LabelSets = NO_SETS) -> Request:
     """The fields of a multipart form, by name -> Request. Raises: PmgaftError with a code of STATUS.
 
     `labels` and `templates` are JSON lists, or labels separated by commas and a single template; `probe` is a JSON
@@ -277,23 +310,25 @@ def parse_form(fields: Mapping[str, bytes], limits: Limits) -> Request:
     if "image" in fields and numbered:
         raise InputError("send either image or image.0, image.1, ...", field="image", code="images_ambiguous")
     if not numbered:
-        return _request(model, [fields["image"]] if "image" in fields else [], several=False, limits=limits)
+        return _request(model, [fields["image"]] if "image" in fields else [], several=False, limits=limits, sets=sets)
     _check_count(len(numbered), limits)
     images = [numbered[name] for name in sorted(numbered, key=lambda name: int(name.partition(".")[2]))]
-    return _request(model, images, several=True, limits=limits)
+    return _request(model, images, several=True, limits=limits, sets=sets)
 
 
-def parse(content_type: str | None, fields: Mapping[str, bytes], limits: Limits) -> Request:
+def parse(content_type: str | None, fields: Mapping[str, bytes], limits: Limits, sets: LabelSets = NO_SETS) -> Request:
     """What a front end received -> Request. fields: the form's fields, or the whole body under the name "body".
 
+    content_type: None or empty where the front end has no such thing (gRPC); then what was sent decides.
+    sets: label sets by name.
     Raises: PmgaftError with a code of STATUS.
     """
     kind = (content_type or "").partition(";")[0].strip().lower()
-    if kind == "multipart/form-data":
-        return parse_form(fields, limits)
     body = fields.get("body", b"")
-    if kind == "application/json" or (not body and not any(fields.values())):
-        return parse_json(body, limits)
+    if kind == "multipart/form-data" or (not kind and "labels" in fields):
+        return parse_form(fields, limits, sets)
+    if kind == "application/json" or (not kind and body.lstrip()[:1] == b"{") or not any(fields.values()):
+        return parse_json(body, limits, sets)
     _check_size(sum(map(len, fields.values())), limits)
     message = f"content type {quote(kind)} is not understood; send application/json or multipart/form-data"
     raise InputError(message, code="content_type_unsupported")
@@ -353,9 +388,11 @@ def _form_value(name: str, value: bytes) -> Any:
     if text[:1] in ("[", "{") and name in ("labels", "templates", "probe") and (name != "templates" or text[:1] == "["):
         return _load_json(value, short, short)
     if name == "labels":
+        if text.startswith(MARK) and "," not in text:
+            return text
         return [label.strip() for label in text.split(",")] if text else []
-    if name == "templates":
-        return [text]
+    if name == "lint" and text in ("true", "false"):
+        return text == "true"
     if name == "top_k" and re.fullmatch(r"-?\d{1,9}", text):
         return int(text)
     return text
@@ -384,7 +421,8 @@ _RIGHT = {
     "image": "a string with the image file in base64",
     "images": "a list of strings, each an image file in base64",
     "labels": "a list of strings",
-    "templates": 'a list of strings such as "a photo of a {}."',
+    "templates": 'a list of strings such as "a photo of a {}.", or the name of a standard set such as "imagenet"',
+    "lint": "true or false",
     "top_k": "a whole number from 1 upwards",
     "probe": 'an object such as {"eps": "1/255", "steps": 20}, or just "1/255"',
     "eps": 'a number such as "1/255" or 0.0039',
@@ -427,49 +465,74 @@ def _mistake(kind: str, where: tuple[int | str, ...]) -> InputError:
         "image": "field_invalid",
         "images": "field_invalid",
         "probe": "field_invalid",
+        "lint": "field_invalid",
     }
     return InputError(f"{name} must be {_RIGHT[name]}", field=field, code=codes.get(name, f"{name}_invalid"))
 
 
-def _request(model: RequestModel, images: Sequence[bytes | PmgaftError], *, several: bool, limits: Limits) -> Request:
+def _request(
+    model: RequestModel, images: Sequence[bytes | PmgaftError], *, several: bool, limits: Limits, sets: LabelSets
+) -> Request:
     """Check everything that can be checked before an image is decoded."""
-    for name, texts in (("labels", model.labels), ("templates", model.templates)):
-        for text in texts:
-            if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-                raise InputError(f"{name} contain half a surrogate pair", field=name, code="text_invalid")
-    check_labels(model.labels, most=limits.labels, longest=limits.label_characters)
-    _check_templates(model, limits)
+    known = _label_set(model.labels, sets) if isinstance(model.labels, str) else None
+    labels = known.labels if known else tuple(model.labels)
+    if known is None:
+        _check_text("labels", labels)
+        check_labels(labels, most=limits.labels, longest=limits.label_characters)
+    if model.templates is None:
+        templates = known.templates if known else DEFAULT_TEMPLATES
+    else:
+        _check_text("templates", model.templates)
+        templates = templates_from(model.templates)
+        _check_templates(templates, limits)
     if not images:
         raise InputError("the image is missing", field="image", code="image_missing")
     probe = _probe_options(model.probe, limits) if model.probe is not None else None
-    if probe is not None and len(model.labels) < 2:
+    if probe is not None and len(labels) < 2:
         message = "a probe needs at least two labels: with one there is nothing to change the answer to"
         raise InputError(message, field="labels", code="labels_too_few")
     return Request(
         images=tuple(images),
         several=several,
-        labels=tuple(model.labels),
-        templates=tuple(model.templates),
+        labels=labels,
+        label_set=known.name if known else None,
+        templates=templates,
         top_k=model.top_k,
         probe=probe,
+        lint=model.lint,
     )
 
 
-def _check_templates(model: RequestModel, limits: Limits) -> None:
-    if not model.templates:
+def _label_set(text: str, sets: LabelSets) -> LabelSet:
+    """The set that "@NAME" calls."""
+    if not text.startswith(MARK):
+        raise InputError(f"labels must be {_RIGHT['labels']}", field="labels", code="labels_missing")
+    name = text.removeprefix(MARK)
+    if name in sets:
+        return sets[name]
+    close = get_close_matches(name[:60], sets, 1)
+    hint = f"did you mean {MARK}{close[0]}?" if close else "pmgaft serve --label-set NAME=FILE makes one"
+    raise LabelsError(f"there is no label set {quote(text)} here; {hint}", field="labels", code="label_set_unknown")
+
+
+def _check_text(name: str, texts: Sequence[str]) -> None:
+    for text in texts:
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise InputError(f"{name} contain half a surrogate pair", field=name, code="text_invalid")
+
+
+def _check_templates(templates: Sequence[str], limits: Limits) -> None:
+    if not templates:
         raise InputError("at least one template is needed", field="templates", code="template_invalid")
-    if len(model.templates) > limits.templates:
-        message = f"{len(model.templates)} templates are too many; at most {limits.templates} are allowed"
+    if len(templates) > limits.templates:
+        message = f"{len(templates)} templates are too many; at most {limits.templates} are allowed"
         raise InputError(message, field="templates", code="templates_too_many")
-    for template in model.templates:
+    for template in templates:
         if len(template) > limits.label_characters:
             most = limits.label_characters
             message = f"template {quote(template)} has {len(template)} characters; at most {most} are allowed"
             raise InputError(message, field="templates", code="template_invalid")
         fill(template, "")
-    if (texts := len(model.labels) * len(model.templates)) > limits.texts:
-        message = f"labels times templates make {texts:,} texts; at most {limits.texts:,} are allowed"
-        raise InputError(message, field="templates", code="texts_too_many")
 
 
 def _probe_options(model: ProbeModel, limits: Limits) -> ProbeOptions:
@@ -517,8 +580,9 @@ def openapi(server: str = "http://127.0.0.1:8080") -> dict[str, Any]:
         "required": ["labels"],
         "properties": {
             "image": {"type": "string", "contentMediaType": "image/*"},
-            "labels": {"type": "string", "description": "A JSON list, or labels separated by commas."},
-            "templates": {"type": "string", "description": "A JSON list, or one template."},
+            "labels": {"type": "string", "description": "A JSON list, labels separated by commas, or @NAME."},
+            "templates": {"type": "string", "description": "A JSON list, one template, or a standard set's name."},
+            "lint": {"type": "string", "enum": ["true", "false"]},
             "top_k": {"type": "string", "pattern": r"^\d+$"},
             "probe": {"type": "string", "description": 'A JSON object, or just an eps such as "1/255".'},
         },

@@ -4,7 +4,7 @@ A request passes these stages, each where it delays nobody:
 
     admission   on the event loop: token, room in the queue; refused here at once
     decode      in a pool of threads: the body, then each image to pixels
-    text        known labels from the cache on the loop; unknown ones are encoded in one thread of their own
+    text        known labels from the cache on the loop; unknown ones of all requests are encoded together in a thread
     image       in the encoder's thread, in batches that form while it is busy: a lone request waits for nobody
     rank        on the loop: one small matrix product
     probe       in threads of their own, of lower priority, with a short queue; an attack needs the gradient, so it runs
@@ -17,39 +17,44 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import io
 import logging
 import os
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from pmgaft import __version__
-from pmgaft.clip.preprocess import PreprocessSpec, open_image, to_pixels
-from pmgaft.clip.text import DEFAULT_TEMPLATES, TextEncoder, label_features
-from pmgaft.errors import PmgaftError
+from pmgaft.clip.lint import lint, wording_distance
+from pmgaft.clip.preprocess import PreprocessSpec, read_pixels
+from pmgaft.clip.text import DEFAULT_TEMPLATES, TextEncoder
+from pmgaft.errors import InputError, PmgaftError
 from pmgaft.probe import ProbeReport, ProbeSettings, probe
-from pmgaft.threat import format_eps
+from pmgaft.threat import ThreatModel, format_eps
 from pmgaft_export.bundle import Bundle
 
 from . import protocol
+from .batching import Batcher
 from .engines import Encode, differentiable, guarded_memory, open_engine
+from .label_sets import LabelSet
 from .metrics import STAGES, Metrics, eps_label
-from .protocol import STATUS, Adversarial, Limits, Prediction, ProbeAnswer, ProbeOptions, Request, Result
-from .text_cache import TextCache
+from .protocol import STATUS, Adversarial, Limits, LintFinding, Prediction, ProbeAnswer, ProbeOptions, Request, Result
+from .texts import Texts
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+WARM_UP_SECONDS = 2.0  # for ever larger batches, the first of each size being slow
 NOTE = "probabilities are over the request's labels alone"
 NOTE_ONE_LABEL = "with a single label the probability is always 1; send several labels to compare"
 
@@ -60,8 +65,9 @@ class Settings:
 
     token: what clients must send as "Authorization: Bearer TOKEN"; None lets everybody in.
     requests: accepted and unanswered at most; more are refused with 503. batch: images encoded at once.
-    threads: of the encoder; decoders: threads that decode. probes: probe requests that run at once (0: none are
-    served); probe_queue: those that may wait beside them; more are refused with 429. probe_seconds: of one probe.
+    threads: of the encoder; decoders: threads that decode. cache_bytes: of label features.
+    probes: probe requests that run at once (0: none are served); probe_queue: those that may wait beside them; more are
+    refused with 429. probe_seconds: of one probe.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -70,6 +76,7 @@ class Settings:
     batch: int = 32
     threads: int = 1
     decoders: int = 2
+    cache_bytes: int = 256 * 2**20
     probes: int = 1
     probe_queue: int = 2
     probe_seconds: float = 30.0
@@ -78,12 +85,12 @@ class Settings:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """What is served. image: pixels [B, 3, H, W] -> unit features [B, D]; gradient: the same, with a derivative;
-    text: (labels, templates) -> unit features [K, D]."""
+    text: texts -> unit features [N, D]."""
 
     info: protocol.ModelInfo
     image: Encode
     gradient: Encode
-    text: Callable[[Sequence[str], Sequence[str]], Tensor]
+    text: Callable[[Sequence[str]], Tensor]
     preprocess: PreprocessSpec
     logit_scale: float
 
@@ -107,6 +114,27 @@ class Reply:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One request as it is logged: what happened and how much of it, nothing of what it was about.
+
+    outcome: ok, partial, refused or failed. code: "ok" or the error's. milliseconds: by stage, and in total.
+    bytes_in, bytes_out: of the bodies. labels, templates, images: how many, 0 where the request could not be read.
+    """
+
+    id: str
+    status: int
+    outcome: str
+    code: str
+    milliseconds: Mapping[str, float]
+    bytes_in: int
+    bytes_out: int
+    images: int
+    labels: int
+    templates: int
+    probe: bool
+
+
 def model_of(bundle: Bundle, engine: str, device: torch.device, threads: int) -> Model:
     """Load what is served from a bundle. engine: as for `open_engine`. Raises: BundleError, InputError."""
     opened = open_engine(bundle, engine, device, threads)
@@ -117,7 +145,7 @@ def model_of(bundle: Bundle, engine: str, device: torch.device, threads: int) ->
         ),
         image=opened.image,
         gradient=differentiable(bundle, device),
-        text=lambda labels, templates: label_features(encoder.encode, labels, templates),
+        text=encoder.encode,
         preprocess=bundle.preprocess,
         logit_scale=bundle.manifest.logit_scale,
     )
@@ -150,84 +178,59 @@ class Stopwatch:
         return {stage: round(seconds * 1000, 3) for stage, seconds in times.items()}
 
 
-class Batcher:
-    """Rows of many callers, encoded together: whatever waits when the encoder becomes free is the next batch.
+@dataclass(slots=True)
+class _Job:
+    """One request on its way through. request: once it could be read."""
 
-    encode: [B, ...] -> [B, D], run in `thread`. most: rows at once. on_batch: told each batch's size.
-    A batch that fails is tried again in halves, so that only the rows at fault fail.
-    """
-
-    def __init__(self, encode: Encode, thread: Executor, most: int, on_batch: Callable[[int], None]) -> None:
-        self._encode = encode
-        self._thread = thread
-        self._most = most
-        self._on_batch = on_batch
-        self._waiting: deque[tuple[Tensor, asyncio.Future[tuple[Tensor, float]], float]] = deque()
-        self._runner: asyncio.Task[None] | None = None
-
-    async def __call__(self, row: Tensor) -> tuple[Tensor, float]:
-        """One row's features [D], and the seconds it waited for its batch to start. Raises: what encoding it raises."""
-        future: asyncio.Future[tuple[Tensor, float]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((row, future, time.perf_counter()))
-        if self._runner is None:
-            self._runner = asyncio.create_task(self._run())
-        return await future
-
-    async def _run(self) -> None:
-        """Encode batch after batch until nobody waits."""
-        loop = asyncio.get_running_loop()
-        while self._waiting:
-            batch = [self._waiting.popleft() for _ in range(min(self._most, len(self._waiting)))]
-            self._on_batch(len(batch))
-            start = time.perf_counter()
-            try:
-                results = await loop.run_in_executor(self._thread, self._encode_all, [row for row, _, _ in batch])
-            except Exception as error:  # the thread is gone: nobody may wait for ever
-                results = [error] * len(batch)
-            for (_, future, arrived), result in zip(batch, results, strict=True):
-                if future.done():
-                    continue  # its request was given up
-                if isinstance(result, Exception):
-                    future.set_exception(result)
-                else:
-                    future.set_result((result, start - arrived))
-        self._runner = None
-
-    def _encode_all(self, rows: Sequence[Tensor]) -> list[Tensor | Exception]:
-        """Each row's features or its error."""
-        try:
-            features = self._encode(torch.stack(list(rows)))
-        except Exception as error:
-            if len(rows) == 1:
-                return [error]
-            half = len(rows) // 2
-            return self._encode_all(rows[:half]) + self._encode_all(rows[half:])
-        return [row if row.isfinite().all() else PmgaftError("the encoder gave no number") for row in features]
+    incoming: Incoming
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    request: Request | None = None
 
 
 class Service:
     """One model's requests, answered. Made on the event loop's thread; `answer` is the whole interface.
 
-    draining: asked at each arrival; true means that no new request is taken.
+    draining: asked at each arrival; true means that no new request is taken. on_answered: told of every answer.
+    sets: label sets that requests may call by name. warm: label lists to be known from the start.
     """
 
     def __init__(
-        self, model: Model, settings: Settings, metrics: Metrics, draining: Callable[[], bool] = lambda: False
+        self,
+        model: Model,
+        settings: Settings,
+        metrics: Metrics,
+        draining: Callable[[], bool] = lambda: False,
+        on_answered: Callable[[Record], None] = lambda record: None,
+        sets: Sequence[LabelSet] = (),
+        warm: Sequence[LabelSet] = (),
     ) -> None:
         self.model = model
         self.settings = settings
         self._metrics = metrics
         self._draining = draining
+        self._on_answered = on_answered
+        self._sets = {one.name: one for one in sets}
+        self._warm = warm
         self._in_flight = 0
         self._probing = 0
-        self._cache = TextCache(model.text)
         self._decoders = _threads("decode", settings.decoders, 1)
-        self._texts = _threads("text", 1, settings.threads)
-        self._images = _threads("image", 1, settings.threads)
+        self._text_thread = _threads("text", 1, settings.threads)
+        self._image_thread = _threads("image", 1, settings.threads)
         self._probes = _threads("probe", max(1, settings.probes), max(1, settings.threads // 2), yielding=True)
-        self._batcher = Batcher(
-            model.image, self._images, settings.batch, lambda size: metrics.observe("pmgaft_batch_images", size)
+        self._texts = Texts(
+            model.text,
+            self._text_thread,
+            metrics,
+            most_bytes=settings.cache_bytes,
+            most_missing=settings.limits.texts,
         )
+        self._images = Batcher(
+            self._encode_batch,
+            self._image_thread,
+            settings.batch,
+            lambda size: metrics.observe("pmgaft_batch_images", size),
+        )
+        self._wording: float | None = None
         info = model.info
         metrics.set(
             "pmgaft_model_info",
@@ -241,43 +244,57 @@ class Service:
 
     async def answer(self, incoming: Incoming) -> Reply:
         """Answer one request; whatever happens, there is an answer, and it is JSON."""
-        watch = Stopwatch()
+        job = _Job(incoming)
         try:
             self._admit(incoming)
         except PmgaftError as error:
             self._metrics.count("pmgaft_rejected_total", reason=error.code)
-            return self._refuse(error, incoming, watch)
+            return self._refuse(error, job)
         self._change_in_flight(1)
         try:
-            return await self._serve(incoming, watch)
+            reply, partial = await self._serve(job)
         except PmgaftError as error:
             if error.code in ("probe_busy", "probe_disabled"):
                 self._metrics.count("pmgaft_rejected_total", reason=error.code)
-            return self._refuse(error, incoming, watch)
+            return self._refuse(error, job)
         except Exception as error:
-            return self._refuse(PmgaftError(str(error), code="internal"), incoming, watch)
+            return self._refuse(PmgaftError(str(error), code="internal"), job)
+        else:
+            self._record(job, reply, "partial" if partial else "ok", "ok")
+            return reply
         finally:
             self._change_in_flight(-1)
 
     def warm_up(self) -> None:
-        """Run every encoder a few times, so that the first request finds compiled code and filled caches."""
+        """Encode the label sets, and run everything a few times, so that the first request is as fast as the tenth.
+
+        Not to be called on a running event loop.
+        """
+        self._texts.warm_up(list(self._sets.values()), self._warm)
+        asyncio.run(self._warm_up())
+
+    async def _warm_up(self) -> None:
         height, width = self.model.preprocess.size
-        for size in (1, 1, 2):
-            self._images.submit(self.model.image, torch.zeros(size, 3, height, width)).result()
-        self._texts.submit(self._cache.features, ("warm", "up"), DEFAULT_TEMPLATES).result()
+        start = time.monotonic()
+        for size in (1, 1, *(2**power for power in range(self.settings.batch.bit_length()))):
+            if time.monotonic() < start + WARM_UP_SECONDS:
+                await self._in(self._image_thread, self.model.image, torch.zeros(size, 3, height, width))
+        content = io.BytesIO()
+        Image.new("RGB", (4 * width, 4 * height)).save(content, "JPEG")
+        fields = {"image": content.getvalue(), "labels": b"warm,up"}
+        for _ in range(2):
+            await self._serve(_Job(Incoming(fields=fields, content_type="multipart/form-data")))
+        everyone = (self._in(self._decoders, self._pixels, content.getvalue()) for _ in range(self.settings.decoders))
+        pixels = await asyncio.gather(*everyone)
         if self.settings.probes:
-            self._probes.submit(self._warm_gradient).result()
+            text = await self._texts.features(("warm", "up"), DEFAULT_TEMPLATES)
+            settings = ProbeSettings(threat=ThreatModel(eps=1 / 255), steps=2)
+            await self._in(self._probes, self._attack, [pixels[0]], text, settings)
 
     def close(self) -> None:
         """End the threads once their work is done."""
-        for threads in (self._decoders, self._texts, self._images, self._probes):
+        for threads in (self._decoders, self._text_thread, self._image_thread, self._probes):
             threads.shutdown()
-
-    def _warm_gradient(self) -> None:
-        height, width = self.model.preprocess.size
-        for _ in range(2):
-            pixels = torch.full((1, 3, height, width), 0.5, requires_grad=True)
-            torch.autograd.grad(self.model.gradient(pixels).sum(), pixels)
 
     def _admit(self, incoming: Incoming) -> None:
         if self.settings.token is not None and not _same_token(incoming.authorization, self.settings.token):
@@ -288,92 +305,127 @@ class Service:
         if self._in_flight >= self.settings.requests:
             raise PmgaftError(f"the server is full: {self._in_flight} requests are in work", code="overloaded")
 
-    async def _serve(self, incoming: Incoming, watch: Stopwatch) -> Reply:
-        request = await self._parse(incoming, watch)
-        self._metrics.observe("pmgaft_labels_per_request", len(request.labels))
+    async def _serve(self, job: _Job) -> tuple[Reply, bool]:
+        """A request's answer, and whether some of several images failed."""
+        request, images = await self._read(job)
         with self._probe_turn(request):
-            images = await self._decode(request, watch)
-            text = await self._text(request, watch)
-            answers = await asyncio.gather(*(self._predict(image, text, request, watch) for image in images))
-            results = [_result(answer, request.top_k) for answer in answers]
+            text = await self._text(request, job.watch)
+            predicted = await _all(
+                [self._predict(image, turn, text, request, job.watch) for turn, image in enumerate(images)]
+            )
+            results = [_result(answer, request) for answer in predicted]
             good = [
                 (image, answer[0], result)
-                for image, answer, result in zip(images, answers, results, strict=True)
+                for image, answer, result in zip(images, predicted, results, strict=True)
                 if isinstance(image, Tensor) and isinstance(answer, list)
             ]
-            await self._probe(request, good, text, watch)
-        return self._reply(request, results, incoming, watch)
+            await self._probe(request, good, text, job.watch)
+        found = await self._lint(request, text, job.watch)
+        return self._reply(request, results, found, job), any(result.error for result in results)
 
-    async def _parse(self, incoming: Incoming, watch: Stopwatch) -> Request:
-        with watch("decode"):
-            return await self._in(
-                self._decoders, protocol.parse, incoming.content_type, incoming.fields, self.settings.limits
-            )
+    async def _read(self, job: _Job) -> tuple[Request, list[Tensor | PmgaftError]]:
+        """The request, and each image's pixels [3, H, W]; of several images, those that fail are their errors."""
+        with job.watch("decode"):
+            request, first = await self._in(self._decoders, self._open, job)
+            others = (self._in(self._decoders, self._pixels, image) for image in request.images[1:])
+            return request, [first, *await _all(list(others))]
 
-    async def _decode(self, request: Request, watch: Stopwatch) -> list[Tensor | PmgaftError]:
-        """Each image's pixels [3, H, W]; of several, those that fail are their errors."""
-        with watch("decode"):
-            return await asyncio.gather(*(self._in(self._decoders, self._pixels, image) for image in request.images))
+    def _open(self, job: _Job) -> tuple[Request, Tensor | PmgaftError]:
+        """The request and its first image, by one visit to a decoding thread."""
+        incoming = job.incoming
+        request = protocol.parse(incoming.content_type, incoming.fields, self.settings.limits, self._sets)
+        job.request = request
+        self._check_probe_room(request)  # before more is spent on it
+        return request, self._pixels(request.images[0])
 
     def _pixels(self, image: bytes | PmgaftError) -> Tensor | PmgaftError:
         """Runs in a decoding thread."""
         if isinstance(image, PmgaftError):
             return image
         try:
-            return to_pixels(open_image(image, self.settings.limits.image), self.model.preprocess)
+            return read_pixels(image, self.model.preprocess, self.settings.limits.image)
         except Exception as error:
             return _own_error(error)
 
     async def _text(self, request: Request, watch: Stopwatch) -> Tensor:
         """The labels' features [K, D]; only unknown labels wait for the text encoder."""
         with watch("text"):
-            known = self._cache.look_up(request.labels, request.templates)
-            self._metrics.count("pmgaft_label_cache_hits_total", len(known.features))
-            self._metrics.count("pmgaft_label_cache_misses_total", len(known.missing))
-            features = known.features
-            if known.missing:
-                features |= await self._in(self._texts, self._cache.fill, known.missing, request.templates)
-            return torch.stack([features[label] for label in request.labels])
+            return await self._texts.features(request.labels, request.templates, request.label_set)
 
     async def _predict(
-        self, image: Tensor | PmgaftError, text: Tensor, request: Request, watch: Stopwatch
+        self, image: Tensor | PmgaftError, turn: int, text: Tensor, request: Request, watch: Stopwatch
     ) -> list[Prediction] | PmgaftError:
-        """All labels for one image, the most probable first; or, where it is one of several, its error."""
+        """The best labels for one image, the most probable first; or, where it is one of several, its error."""
         try:
             if isinstance(image, PmgaftError):
                 raise image
-            features = await self._encode(image, watch)
+            features = await self._encode(image, watch, turn)
             with watch("rank"):
-                return _rank(features, text, self.model.logit_scale, request.labels)
+                return rank(features, text, self.model.logit_scale, request.labels, request.top_k)
         except Exception as error:
             if not request.several:
                 raise
             return _own_error(error)
 
-    async def _encode(self, pixels: Tensor, watch: Stopwatch) -> Tensor:
+    async def _encode(self, pixels: Tensor, watch: Stopwatch, turn: int = 0) -> Tensor:
         """Unit features [D] of pixels [3, H, W], by the served engine."""
         start = time.perf_counter()
-        features, waited = await self._batcher(pixels)
+        features, waited = await self._images(pixels, turn=turn)
         watch.add("queue", waited)
         watch.add("image", time.perf_counter() - start - waited)
         return features
 
-    @contextmanager
-    def _probe_turn(self, request: Request) -> Iterator[None]:
-        """Room for this request's probe, if it asks for one. Raises: PmgaftError (probe_busy, probe_disabled)."""
+    def _encode_batch(self, pixels: Sequence[Tensor]) -> list[Tensor | Exception]:
+        """Runs in the encoder's thread."""
+        features = self.model.image(torch.stack(list(pixels)))
+        good = features.isfinite().all(dim=1).tolist()
+        return [
+            row if fine else PmgaftError("the encoder gave no number") for row, fine in zip(features, good, strict=True)
+        ]
+
+    async def _lint(self, request: Request, text: Tensor, watch: Stopwatch) -> list[LintFinding] | None:
+        """Labels of the request that are hard to tell apart, if it asks."""
+        if not request.lint:
+            return None
+        with watch("text"):
+            found = await self._in(self._text_thread, lambda: lint(request.labels, text, self._wording_distance()))
+        return [
+            LintFinding(
+                kind=one.kind,
+                labels=list(one.labels),
+                similarity=round(one.similarity, 6),
+                wordings=round(one.wordings, 3),
+                statement=one.statement,
+            )
+            for one in found
+        ]
+
+    def _wording_distance(self) -> float:
+        """Runs in the text thread; the same for every request."""
+        if self._wording is None:
+            self._wording = wording_distance(self.model.text)
+        return self._wording
+
+    def _check_probe_room(self, request: Request) -> None:
+        """Raises: PmgaftError (probe_busy, probe_disabled) where a probe that is asked for cannot be had now."""
         if request.probe is None:
-            yield
             return
         if not self.settings.probes:
             raise PmgaftError("this server answers no probes", field="probe", code="probe_disabled")
         if self._probing >= self.settings.probes + self.settings.probe_queue:
             message = f"{self._probing} probes are already running or waiting; try again soon, or without a probe"
             raise PmgaftError(message, field="probe", code="probe_busy")
-        self._probing += 1
+
+    @contextmanager
+    def _probe_turn(self, request: Request) -> Iterator[None]:
+        """Room for this request's probe, if it asks for one. Raises: as `_check_probe_room`."""
+        self._check_probe_room(request)
+        asked = request.probe is not None
+        self._probing += asked
         try:
             yield
         finally:
-            self._probing -= 1
+            self._probing -= asked
 
     async def _probe(
         self, request: Request, targets: Sequence[tuple[Tensor, Prediction, Result]], text: Tensor, watch: Stopwatch
@@ -421,43 +473,66 @@ class Service:
         if report.verdict != "broken" or report.adversarial_pixels is None:
             return None
         features = await self._encode(report.adversarial_pixels, watch)
-        return _rank(features, text, self.model.logit_scale, request.labels)[0]
+        return rank(features, text, self.model.logit_scale, request.labels, 1)[0]
 
-    def _reply(self, request: Request, results: Sequence[Result], incoming: Incoming, watch: Stopwatch) -> Reply:
+    def _reply(self, request: Request, results: Sequence[Result], found: list[LintFinding] | None, job: _Job) -> Reply:
         common: dict[str, Any] = {
+            "lint": found,
             "note": NOTE_ONE_LABEL if len(request.labels) == 1 else NOTE,
             "model": self.model.info,
-            "timing_ms": watch.milliseconds(),
-            "request_id": incoming.request_id,
+            "timing_ms": job.watch.milliseconds(),
+            "request_id": job.incoming.request_id,
         }
         answer: protocol.Answer | protocol.Answers
         if request.several:
             answer = protocol.Answers(results=list(results), **common)
         else:
             answer = protocol.Answer(predictions=results[0].predictions or [], probe=results[0].probe, **common)
-        partial = any(result.error for result in results)
-        self._record("partial" if partial else "ok", "ok", watch)
-        return Reply(status=200, body=answer.model_dump_json(exclude_none=True).encode(), headers={})
+        body = answer.model_dump_json(exclude_none=True).encode()
+        if len(body) > (most := self.settings.limits.answer_bytes):
+            message = f"the answer has {len(body):,} bytes; at most {most:,} are allowed: ask for fewer by top_k"
+            raise InputError(message, field="top_k", code="answer_too_large")
+        return Reply(status=200, body=body)
 
-    def _refuse(self, error: PmgaftError, incoming: Incoming, watch: Stopwatch) -> Reply:
+    def _refuse(self, error: PmgaftError, job: _Job) -> Reply:
         body = protocol.error_body(error)
         status = STATUS[body.code]
         if status == 500:
-            logger.error("request %s failed", incoming.request_id, exc_info=error.__cause__ or error)
-        self._record("refused" if status < 500 else "failed", body.code, watch)
+            logger.error("request %s failed", job.incoming.request_id, exc_info=error.__cause__ or error)
         wait = protocol.RETRY_AFTER_SECONDS.get(body.code)
-        answer = protocol.ErrorAnswer(error=body, request_id=incoming.request_id)
-        return Reply(
+        answer = protocol.ErrorAnswer(error=body, request_id=job.incoming.request_id)
+        reply = Reply(
             status=status,
             body=answer.model_dump_json(exclude_none=True).encode(),
             headers={} if wait is None else {"Retry-After": str(wait)},
         )
+        self._record(job, reply, "refused" if status < 500 else "failed", body.code)
+        return reply
 
-    def _record(self, outcome: str, code: str, watch: Stopwatch) -> None:
+    def _record(self, job: _Job, reply: Reply, outcome: str, code: str) -> None:
+        """Count and log one answer."""
+        milliseconds, request = job.watch.milliseconds(), job.request
         self._metrics.count("pmgaft_requests_total", outcome=outcome, code=code)
-        self._metrics.observe("pmgaft_request_seconds", time.perf_counter() - watch.start, outcome=outcome)
-        for stage, seconds in watch.stages.items():
+        self._metrics.observe("pmgaft_request_seconds", milliseconds["total"] / 1000, outcome=outcome)
+        for stage, seconds in job.watch.stages.items():
             self._metrics.observe("pmgaft_stage_seconds", seconds, stage=stage)
+        if request is not None:
+            self._metrics.observe("pmgaft_labels_per_request", len(request.labels))
+        self._on_answered(
+            Record(
+                id=job.incoming.request_id,
+                status=reply.status,
+                outcome=outcome,
+                code=code,
+                milliseconds=milliseconds,
+                bytes_in=sum(map(len, job.incoming.fields.values())),
+                bytes_out=len(reply.body),
+                images=len(request.images) if request else 0,
+                labels=len(request.labels) if request else 0,
+                templates=len(request.templates) if request else 0,
+                probe=request is not None and request.probe is not None,
+            )
+        )
 
     def _change_in_flight(self, by: int) -> None:
         self._in_flight += by
@@ -465,6 +540,22 @@ class Service:
 
     async def _in(self, threads: Executor, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(threads, function, *arguments)
+
+
+def rank(
+    features: Tensor, text: Tensor, logit_scale: float, labels: Sequence[str], top_k: int | None = None
+) -> list[Prediction]:
+    """The `top_k` most probable labels (None: all), equal ones in the request's order.
+
+    features: [D]; text: [K, D]. Probabilities are over all K labels.
+    """
+    similarity = text @ features
+    order = similarity.argsort(descending=True, stable=True)[:top_k]
+    probability = (logit_scale * similarity).softmax(dim=0)[order]
+    rows = zip(order.tolist(), probability.tolist(), similarity[order].tolist(), strict=True)
+    return [
+        Prediction.model_construct(label=labels[i], probability=round(p, 6), similarity=round(s, 6)) for i, p, s in rows
+    ]
 
 
 def probe_answer(
@@ -517,23 +608,17 @@ def _statement(
     return f"nothing can be said about images within {threat}: {reason}"
 
 
-def _rank(features: Tensor, text: Tensor, logit_scale: float, labels: Sequence[str]) -> list[Prediction]:
-    """All labels from the most to the least probable, equal ones in the request's order."""
-    similarity = text @ features
-    order: list[int] = similarity.argsort(descending=True, stable=True).tolist()
-    probability = (logit_scale * similarity).softmax(dim=0)
-    return [
-        Prediction(
-            label=labels[i], probability=round(float(probability[i]), 6), similarity=round(float(similarity[i]), 6)
-        )
-        for i in order
-    ]
-
-
-def _result(answer: list[Prediction] | PmgaftError, top_k: int | None) -> Result:
+def _result(answer: list[Prediction] | PmgaftError, request: Request) -> Result:
     if isinstance(answer, PmgaftError):
         return Result(error=protocol.error_body(answer))
-    return Result(predictions=answer[:top_k])
+    return Result.model_construct(predictions=answer)
+
+
+async def _all(work: Sequence[Coroutine[Any, Any, T] | asyncio.Future[T]]) -> list[T]:
+    """All results in order; what is alone needs no task of its own."""
+    if len(work) == 1:
+        return [await work[0]]
+    return list(await asyncio.gather(*work))
 
 
 def _own_error(error: Exception) -> PmgaftError:

@@ -2,90 +2,129 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from threading import Lock
 
 import torch
 from torch import Tensor
 
-_ENTRY_BYTES = 400  # what Python's objects around one feature take, roughly
+_ENTRY_BYTES = 300  # what Python's objects around one label take, roughly
 
-Key = tuple[str, tuple[str, ...]]
+Templates = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lookup:
-    """What the cache knew. features: those it had, by label; missing: the labels it had not, in order."""
+    """What the cache knew about a list of labels.
 
-    features: dict[str, Tensor]
-    missing: tuple[str, ...]
+    features: float32 [known, D], the known labels' in the list's order. known, missing: positions in the list.
+    """
+
+    features: Tensor
+    known: list[int]
+    missing: list[int]
+
+
+@dataclass(slots=True)
+class _Group:
+    """The labels kept in one list of templates: label -> row."""
+
+    templates: Templates
+    rows: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def bytes(self) -> int:
+        return 4 * sum(map(len, self.templates)) + _ENTRY_BYTES
 
 
 class TextCache:
-    """Features by (label, templates), the least recently used forgotten first.
+    """Features by (label, templates), the least recently used forgotten first. Any thread may call.
 
-    encode: (labels, templates) -> float32 [K, D]. most_bytes: bound on all that is kept.
-    Any thread may call. Labels that two callers miss at once are encoded once, as long as `fill` runs in one thread.
+    All features lie in one matrix, so that a list of known labels is one gather, whatever its length. The matrix is
+    reserved in full at the first `store`; memory is only taken where something was written.
+    most_bytes: bound on all that is kept, labels and templates included. Where it is reached, an eighth is freed.
     """
 
-    def __init__(self, encode: Callable[[Sequence[str], Sequence[str]], Tensor], most_bytes: int = 256 * 2**20) -> None:
-        self._encode = encode
+    def __init__(self, most_bytes: int = 256 * 2**20) -> None:
         self._most_bytes = most_bytes
-        self._entries: OrderedDict[Key, Tensor] = OrderedDict()
+        self._groups: dict[Templates, _Group] = {}
+        self._matrix = torch.empty(0, 0)
+        self._owners: list[tuple[_Group, str] | None] = []  # row -> whose it is
+        self._used = torch.empty(0, dtype=torch.int64)  # row -> when it was last asked for
+        self._free: list[int] = []  # rows below len(_owners) that are nobody's
+        self._clock = 0
         self._lock = Lock()
         self.bytes = 0
 
-    def look_up(self, labels: Sequence[str], templates: tuple[str, ...]) -> Lookup:
-        """What is known of these labels. Quick."""
-        found: dict[str, Tensor] = {}
-        missing: list[str] = []
-        with self._lock:
-            for label in labels:
-                entry = self._entries.get((label, templates))
-                if entry is None:
-                    missing.append(label)
-                else:
-                    self._entries.move_to_end((label, templates))
-                    found[label] = entry
-        return Lookup(features=found, missing=tuple(missing))
-
-    def fill(self, labels: Sequence[str], templates: tuple[str, ...]) -> dict[str, Tensor]:
-        """The features of labels that were missing, encoded now unless somebody did meanwhile. Slow.
-
-        Raises: what `encode` raises; then nothing is kept.
-        """
-        again = self.look_up(labels, templates)
-        if not again.missing:
-            return again.features
-        # clone: a row of the batch would keep the whole batch in memory
-        rows = [row.clone() for row in self._encode(again.missing, templates)]
-        fresh = dict(zip(again.missing, rows, strict=True))
-        with self._lock:
-            for label, row in fresh.items():
-                self._keep((label, templates), row)
-        return again.features | fresh
-
-    def features(self, labels: Sequence[str], templates: tuple[str, ...]) -> Tensor:
-        """float32 [K, D], in the order of `labels`."""
-        known = self.look_up(labels, templates)
-        everything = known.features | (self.fill(known.missing, templates) if known.missing else {})
-        return torch.stack([everything[label] for label in labels])
-
     def __len__(self) -> int:
         """How many features are kept."""
-        return len(self._entries)
+        return len(self._owners) - len(self._free)
 
-    def _keep(self, key: Key, row: Tensor) -> None:
-        if key not in self._entries:
-            self._entries[key] = row
-            self.bytes += _size(key, row)
-        while self.bytes > self._most_bytes and self._entries:
-            self.bytes -= _size(*self._entries.popitem(last=False))
+    def look_up(self, labels: Sequence[str], templates: Templates) -> Lookup:
+        """What is known of these labels. Quick: a dictionary look-up a label, then one gather."""
+        with self._lock:
+            self._clock += 1
+            group = self._groups.get(templates)
+            found = list(map(group.rows.get, labels)) if group else [None] * len(labels)
+            rows = torch.tensor([row for row in found if row is not None], dtype=torch.int64)
+            self._used[rows] = self._clock
+            features = self._matrix[rows]
+        if len(rows) == len(found):
+            return Lookup(features=features, known=list(range(len(found))), missing=[])
+        known = [position for position, row in enumerate(found) if row is not None]
+        missing = [position for position, row in enumerate(found) if row is None]
+        return Lookup(features=features, known=known, missing=missing)
 
+    def store(self, labels: Sequence[str], templates: Templates, features: Tensor) -> None:
+        """Keep features, float32 [K, D]; for what does not fit, what was used longest ago is forgotten."""
+        with self._lock:
+            if not len(self._matrix):
+                rows = self._most_bytes // (_ENTRY_BYTES + features[0].nbytes) + 1  # that the bound allows at most
+                self._matrix = torch.empty(rows, features.shape[1])
+                self._used = torch.zeros(rows, dtype=torch.int64)
+            for label, feature in zip(labels, features, strict=True):
+                self._keep(label, templates, feature)
 
-def _size(key: Key, row: Tensor) -> int:
-    """Templates are counted as if each entry had its own: an upper bound that no request can get around."""
-    label, templates = key
-    return row.nbytes + 4 * (len(label) + sum(map(len, templates))) + _ENTRY_BYTES
+    def _keep(self, label: str, templates: Templates, feature: Tensor) -> None:
+        group = self._groups.get(templates)
+        if group is not None and label in group.rows:
+            return
+        size = self._size(label) + _Group(templates).bytes
+        if self.bytes + size > self._most_bytes:
+            self._forget(self._most_bytes * 7 // 8 - size)
+            group = self._groups.get(templates)
+            if self.bytes + size > self._most_bytes:
+                return
+        if group is None:
+            group = self._groups[templates] = _Group(templates)
+            self.bytes += group.bytes
+        if self._free:
+            row = self._free.pop()
+            self._owners[row] = (group, label)
+        else:
+            row = len(self._owners)
+            self._owners.append((group, label))
+        self._matrix[row] = feature
+        self._used[row] = self._clock
+        group.rows[label] = row
+        self.bytes += self._size(label)
+
+    def _size(self, label: str) -> int:
+        return self._matrix.shape[1] * self._matrix.element_size() + 4 * len(label) + _ENTRY_BYTES
+
+    def _forget(self, most_bytes: int) -> None:
+        """Down to a number of bytes, what was used longest ago first."""
+        for row in self._used[: len(self._owners)].argsort(stable=True).tolist():
+            if self.bytes <= most_bytes:
+                return
+            if (owner := self._owners[row]) is None:
+                continue
+            group, label = owner
+            del group.rows[label]
+            self._owners[row] = None
+            self._free.append(row)
+            self.bytes -= self._size(label)
+            if not group.rows:
+                del self._groups[group.templates]
+                self.bytes -= group.bytes

@@ -29,8 +29,10 @@ import yaml
 
 from pmgaft.errors import InputError, ServerError
 
+from .label_sets import LabelSet, write_label_sets
 from .metrics import Exporter, Pages, collect, total
 from .protocol import PATH, openapi
+from .request_log import SOCKET, Collector, LogFormat
 from .service import Settings
 
 MODEL = "pmgaft"
@@ -39,8 +41,7 @@ FAILURE = "failure.txt"  # written by a worker that could not load the model
 DRAINING = "draining"  # while this file is there, workers take no new requests
 JAVA_AT_LEAST = 17
 HEAP = "512m"
-RESPONSE_BYTES = 16 * 2**20
-FRAME_BYTES = 2**20  # what TorchServe may be sent beyond our own limit, so that our answer (413 with JSON) comes first
+FRAME_BYTES = 2**20  # that TorchServe lets pass beyond our own limits, so that our answer (413 with JSON) comes first
 
 _ASYNC_JAR = Path(__file__).parent / "java" / "async.jar"
 
@@ -66,18 +67,24 @@ _LOG4J = """<?xml version="1.0" encoding="UTF-8"?>
 class ServeOptions:
     """What to serve, where, and how. A port of 0 is any free one; metrics_port None is `port` + 2 if that is free.
 
-    device, engine: as for `pick_device` and `open_engine`. start_seconds: until the first worker must be ready.
-    drain_seconds: that requests in work get at the end.
+    grpc_port: for TorchServe's gRPC interface, on `host`; None: any free one, on the loopback interface alone.
+    device, engine: as for `pick_device` and `open_engine`. sets: label sets that requests may call by name; warm: label
+    lists to be known from the start. log: what becomes of one line a request. start_seconds: until the first worker
+    must be ready. drain_seconds: that requests in work get at the end.
     """
 
     bundle: Path
     host: str = "127.0.0.1"
     port: int = 8080
     metrics_port: int | None = None
+    grpc_port: int | None = None
     workers: int = 1
     device: str = "auto"
     engine: str = "auto"
     settings: Settings = field(default_factory=Settings)
+    sets: tuple[LabelSet, ...] = ()
+    warm: tuple[LabelSet, ...] = ()
+    log: LogFormat = "none"
     start_seconds: float = 180.0
     drain_seconds: float = 30.0
 
@@ -164,7 +171,7 @@ def is_loopback(host: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ports:
-    """Every port of one TorchServe. All but `inference` are on the loopback interface; `worker` names sockets."""
+    """Every port of one TorchServe. `worker` only names sockets."""
 
     inference: int
     management: int
@@ -177,11 +184,12 @@ class Ports:
 def config_properties(options: ServeOptions, ports: Ports, store: Path) -> str:
     """TorchServe's config.properties: nothing can be loaded or changed from outside, nothing is decoded for us."""
     request_bytes = options.settings.limits.request_bytes
+    grpc_host = "127.0.0.1" if options.grpc_port is None else options.host
     properties = {
         "inference_address": f"http://{options.host}:{ports.inference}",
         "management_address": f"http://127.0.0.1:{ports.management}",
         "metrics_address": f"http://127.0.0.1:{ports.metrics}",
-        "grpc_inference_address": "127.0.0.1",
+        "grpc_inference_address": grpc_host,
         "grpc_inference_port": ports.grpc_inference,
         "grpc_management_address": "127.0.0.1",
         "grpc_management_port": ports.grpc_management,
@@ -194,7 +202,7 @@ def config_properties(options: ServeOptions, ports: Ports, store: Path) -> str:
         "disable_token_authorization": "true",  # its tokens expire after an hour; ours is checked by the service
         "decode_input_request": "false",
         "max_request_size": request_bytes + request_bytes // 2 + FRAME_BYTES,
-        "max_response_size": RESPONSE_BYTES,
+        "max_response_size": options.settings.limits.answer_bytes + FRAME_BYTES,
         "job_queue_size": 4 * options.settings.requests,
         "metrics_mode": "prometheus",
         "disable_system_metrics": "true",
@@ -217,6 +225,7 @@ def model_config(options: ServeOptions, state: Path) -> dict[str, Any]:
             "engine": options.engine,
             "device": options.device,
             "state": str(state),
+            "log": options.log,
             "launcher": os.getpid(),
             "settings": asdict(options.settings),
         },
@@ -243,7 +252,7 @@ class Server:
     """A running TorchServe with one model, and the exporter beside it. Made by `serving`.
 
     url: of the server; metrics_url: of the exporter (/metrics, /healthz, /readyz, /openapi.json); log: TorchServe's and
-    the workers'; engine: as the workers name it, once they are ready.
+    the workers'; grpc: host and port; engine: as the workers name it, once they are ready.
     """
 
     def __init__(self, options: ServeOptions, java: Java, state: Path) -> None:
@@ -253,17 +262,19 @@ class Server:
         self.engine = ""
         self._draining = False
         self._metrics = state / "metrics"
+        self._collector = Collector(state / SOCKET) if options.log != "none" else None
         inference, management, metrics, *others = free_ports(6)
         inference = options.port or inference
         ports = Ports(
             inference=inference,
             management=management,
             metrics=metrics,
-            grpc_inference=others[0],
+            grpc_inference=options.grpc_port or others[0],
             grpc_management=others[1],
             worker=others[2],
         )
         self.url = f"http://{_in_url(options.host)}:{inference}"
+        self.grpc = f"{'127.0.0.1' if options.grpc_port is None else _in_url(options.host)}:{ports.grpc_inference}"
         self._management = httpx.Client(base_url=f"http://127.0.0.1:{management}", trust_env=False, timeout=5)
         pages = Pages(
             directory=self._metrics,
@@ -331,12 +342,16 @@ class Server:
             self._process.wait()
             self._exporter.close()
             self._management.close()
+            if self._collector is not None:
+                self._collector.close()
 
     def _write_files(self, ports: Ports) -> None:
         store = self.state / "store"
         for directory in (store, self._metrics, self.state / "tmp"):
             directory.mkdir()
         write_archive(store / MODEL, model_config(self.options, self.state))
+        write_label_sets(self.state / "label-sets.json", self.options.sets)
+        write_label_sets(self.state / "warm-labels.json", self.options.warm)
         (self.state / "config.properties").write_text(config_properties(self.options, ports, store))
         (self.state / "log4j2.xml").write_text(_LOG4J.format(file=self.log))
 
@@ -417,6 +432,8 @@ def serving(options: ServeOptions, on_progress: Callable[[str], None] = lambda s
     Raises: InputError (port_taken, host_invalid), ServerError (java_missing, start_failed); then the log stays.
     """
     check_port(options.host, options.port, "--port")
+    if options.grpc_port is not None:
+        check_port(options.host, options.grpc_port, "--grpc-port")
     java = find_java()
     state = Path(tempfile.mkdtemp(prefix="pmgaft-"))  # a short name: a socket's path has some 100 bytes at most
     server = Server(options, java, state)

@@ -102,6 +102,12 @@ CASES: dict[str, Case] = {
     "100,000 texts": request(
         422, "texts_too_many", labels=[str(n) for n in range(1000)], templates=[f"{n} {{}}" for n in range(100)]
     ),
+    "templates by a name that is none": request(422, "template_invalid", templates="imagenot"),
+    "an empty name of templates": form(422, "template_invalid", templates=b""),
+    "a label set that is not there": request(422, "label_set_unknown", labels="@nowhere"),
+    "a label set without a name": form(422, "label_set_unknown", labels=b"@"),
+    "lint that is a string": request(400, "field_invalid", lint="yes"),
+    "lint of a form that is neither": form(400, "field_invalid", lint=b"1"),
     # top_k
     "top_k 0": request(422, "top_k_invalid", top_k=0),
     "top_k negative": request(422, "top_k_invalid", top_k=-1),
