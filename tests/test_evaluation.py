@@ -245,6 +245,20 @@ def test_an_answer_that_is_no_number_breaks_nothing_and_is_noted() -> None:
     assert not bool(found.finite.any())
 
 
+def test_autoattack_is_run_by_its_package_and_its_answers_computed_anew() -> None:
+    weights = torch.randn(5, 48, generator=torch.Generator().manual_seed(0))
+    pixels = torch.rand(4, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+
+    def logits_of(x: Tensor) -> Tensor:
+        return x.flatten(1) @ weights.T
+
+    labels = logits_of(pixels).argmax(dim=1)
+    found = judge_images(logits_of, pixels, labels, range(4), protocol(0.5, attacks=["autoattack"]), 4)
+    assert not bool(found.robust.any())
+    assert bool((found.adversarial[:, 0] != labels).all())
+    assert str(protocol(0.5, attacks=["autoattack"])).startswith("autoattack; linf")
+
+
 def test_the_quick_copy_computes_the_same_and_leaves_the_model_alone(tiny_clip: Clip) -> None:
     before = tensors_hash(tiny_clip.image)
     pixels = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(2))

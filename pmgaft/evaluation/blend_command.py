@@ -123,7 +123,9 @@ def _slide(
 
 def slider_table(points: list[tuple[float, dict[str, Any]]]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows: what each weight gives on average, percent; "!" where a self-check failed."""
-    radii = [eps for eps in points[0][1]["average"].get("robust", {}) if eps != "0"]
+    from pmgaft.evaluation.report import positive_eps
+
+    radii = positive_eps(points[0][1])
     rows = []
     for weight, result in points:
         average = result["average"]

@@ -16,6 +16,9 @@ from pmgaft.errors import InputError, LabelsError, quote
 _SAME = 1e-5
 """Largest distance of two unit features that are equal but for float rounding."""
 
+_AT_ONCE = 256
+"""Classes whose distances to all others are held at once."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Classes:
@@ -62,10 +65,10 @@ def distinct_classes(
     first = torch.arange(len(names))
     for group in duplicate_names(names):
         first[list(group)] = group[0]
-    near = torch.cdist(features.double(), features.double()).cpu() < _SAME
-    for label in range(len(names)):
-        first[label] = min(int(first[label]), *first[near[label]].tolist())
-    first_label, of_label = torch.unique(first, return_inverse=True)
+    known = features.double().cpu()[first]
+    nearest = [(torch.cdist(some, known) < _SAME).int().argmax(dim=1) for some in torch.split(known, _AT_ONCE)]
+    first = first[torch.cat(nearest)]
+    first_label, of_label = torch.unique(first[first], return_inverse=True)
     if len(first_label) < 2:
         raise InputError(f"{where} has fewer than two classes that the model can tell apart; nothing can be judged")
     groups = (

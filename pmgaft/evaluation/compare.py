@@ -18,8 +18,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pmgaft.errors import InputError
-from pmgaft.evaluation.report import MARK, SCHEMA, Share, attack_text, markdown_table
+from pmgaft.evaluation.report import MARK, SCHEMA, Share, attack_text, markdown_table, positive_eps
 from pmgaft.evaluation.work import differences
+from pmgaft.training.log import LOG_FILE, read_log
 
 EVALUATION_FILE = "evaluation.json"
 """In a run's directory."""
@@ -91,8 +92,7 @@ def by_method(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
 
 def eps_of(methods: Mapping[str, Sequence[Entry]]) -> list[str]:
     """The balls that all results share, as people write them."""
-    example = _result(next(iter(methods.values()))[0])
-    return [eps for eps in example["sets"][0].get("robust", {}) if eps != "0"]
+    return positive_eps(_result(next(iter(methods.values()))[0]))
 
 
 def averages_table(methods: Mapping[str, Sequence[Entry]]) -> tuple[list[str], list[list[str]]]:
@@ -202,12 +202,15 @@ def comparison_markdown(methods: Mapping[str, Sequence[Entry]], pictures: Sequen
 
 def _entry(name: str, path: Path) -> Entry:
     if path.is_dir():
-        file, log = path / EVALUATION_FILE, path / "log.jsonl"
+        file, log = path / EVALUATION_FILE, path / LOG_FILE
         if not file.is_file() and not log.is_file():
-            raise InputError(f"{path} is no run of pmgaft train: it has neither {EVALUATION_FILE} nor log.jsonl")
-        result = _read(file) if file.is_file() else None
-        events = [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.is_file() else None
-        return Entry(method=name or path.resolve().name, path=file, result=result, log=events)
+            raise InputError(f"{path} is no run of pmgaft train: it has neither {EVALUATION_FILE} nor {LOG_FILE}")
+        return Entry(
+            method=name or path.resolve().name,
+            path=file,
+            result=_read(file) if file.is_file() else None,
+            log=read_log(path) if log.is_file() else None,
+        )
     result = _read(path)
     return Entry(method=name or Path(str(result["model"]["name"])).name, path=path, result=result, log=None)
 

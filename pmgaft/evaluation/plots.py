@@ -11,7 +11,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from pmgaft.errors import InputError
-from pmgaft.evaluation.report import attack_text
+from pmgaft.evaluation.report import attack_text, positive_eps
 from pmgaft.threat import parse_eps
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
@@ -46,8 +46,8 @@ def can_plot() -> bool:
 def plot_result(result: Mapping[str, Any], path: Path) -> None:
     """One model: clean and robust accuracy per set, and, with several eps, accuracy against eps."""
     sets = result["sets"]
-    radii = _radii(result)
-    curves = len([eps for eps in radii if _number(eps, result) > 0]) > 1
+    radii = positive_eps(result)
+    curves = len(radii) > 1
     height = 1.1 + 0.5 * len(sets)
     with _figure(path, (10.5 if curves else 7, max(3.2, height)), 2 if curves else 1) as axes:
         _per_set(axes[0], sets, radii)
@@ -63,7 +63,7 @@ def plot_comparison(methods: Mapping[str, Sequence[Mapping[str, Any]]], path: Pa
     several eps, the average against eps.
     """
     example = next(iter(methods.values()))[0]
-    radii = [eps for eps in _radii(example) if _number(eps, example) > 0]
+    radii = positive_eps(example)
     names = [entry["name"] for entry in example["sets"]]
     eps = radii[0]
     panels = 1 + (len(radii) > 1)
@@ -124,7 +124,7 @@ def plot_slider(points: Sequence[tuple[float, Mapping[str, Any]]], names: tuple[
 
     points: (weight, result), rising.
     """
-    radii = [eps for eps in _radii(points[0][1]) if _number(eps, points[0][1]) > 0]
+    radii = positive_eps(points[0][1])
     weights = [weight for weight, _ in points]
     clean = [100 * result["average"]["clean"] for _, result in points]
     with _figure(path, (9 if radii else 5, 3.6), 2 if radii else 1) as axes:
@@ -169,8 +169,7 @@ def _figure(path: Path, size: tuple[float, float], columns: int, rows: int = 1) 
 
 def _per_set(axis: Any, sets: Sequence[Mapping[str, Any]], radii: Sequence[str]) -> None:
     """A line of dots for each set: clean, then each eps, with intervals."""
-    robust = [(f"robust, eps {eps}", eps) for eps in radii if eps != "0"]
-    kinds: list[tuple[str, str | None]] = [("clean", None), *robust]
+    kinds: list[tuple[str, str | None]] = [("clean", None), *((f"robust, eps {eps}", eps) for eps in radii)]
     for place, (label, eps) in enumerate(kinds):
         shares = [entry["clean"] if eps is None else entry["robust"][eps] for entry in sets]
         values = [100 * share["value"] for share in shares]
@@ -251,7 +250,7 @@ def _curve(entry: Mapping[str, Any], result: Mapping[str, Any]) -> list[_Point]:
 
 
 def _mean_curve(results: Sequence[Mapping[str, Any]]) -> list[_Point]:
-    kinds = {0.0: None} | {_number(eps, results[0]): eps for eps in _radii(results[0]) if _number(eps, results[0]) > 0}
+    kinds = {0.0: None} | {_number(eps, results[0]): eps for eps in positive_eps(results[0])}
     values = {eps: [_accuracy(result, None, text) for result in results] for eps, text in sorted(kinds.items())}
     return [(eps, mean(found), _spread(found) or 0.0) for eps, found in values.items()]
 
@@ -259,10 +258,6 @@ def _mean_curve(results: Sequence[Mapping[str, Any]]) -> list[_Point]:
 def _spread(values: Sequence[float]) -> float | None:
     """Standard deviation over seeds; None for one."""
     return stdev(values) if len(values) > 1 else None
-
-
-def _radii(result: Mapping[str, Any]) -> list[str]:
-    return list(result["sets"][0].get("robust", {}))
 
 
 def _number(eps: str, result: Mapping[str, Any]) -> float:

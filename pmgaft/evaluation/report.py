@@ -160,7 +160,9 @@ class SetResult:
             }
             for place, name in enumerate(names):
                 codes = outcomes.stood[:, ball, place].tolist()
-                columns[f"stood {name}"] = pa.array([None if c == NOT_RUN else c == STOOD for c in codes], pa.bool_())
+                columns[f"stood_{name.replace('-', '_')}"] = pa.array(
+                    [None if c == NOT_RUN else c == STOOD for c in codes], pa.bool_()
+                )
             columns |= {
                 field: getattr(outcomes, field).numpy()
                 for field in ("finite", "inside", "zero_gradient_share", "gradients", "forwards")
@@ -255,6 +257,13 @@ def parquet_bytes(sets: Sequence[SetResult], protocol: Protocol) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(pa.concat_tables([s.rows(protocol) for s in sets]), buffer)
     return buffer.getvalue()
+
+
+def positive_eps(result: Mapping[str, Any]) -> list[str]:
+    """The radii above 0 as the result writes them, rising; none where nothing was attacked."""
+    if not result["protocol"]["attacks"]:
+        return []
+    return [str(model["eps"]) for model in result["protocol"]["threat_models"] if model["eps_value"] > 0]
 
 
 def accuracy_table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
