@@ -70,7 +70,7 @@ def running(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     for name in TRAPS:
         (traps / f"{name}.py").write_text(f"open({str(traps / 'sprung')!r}, 'a').write({name!r})\nraise ImportError\n")
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("PYTHONPATH", str(traps))
+        environment.setenv("PYTHONPATH", str(traps), prepend=os.pathsep)
         pets = LabelSet(name="pets", labels=("cat", "dog", "bird"))
         options = ServeOptions(bundle=bundle, port=0, start_seconds=400, sets=(pets,))
         with serving(options) as server, httpx.Client(trust_env=False, timeout=60) as http:
