@@ -447,7 +447,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def outcomes(output: Path) -> list[dict[str, Any]]:
-    return pq.read_table(output.with_suffix(".parquet")).to_pylist()
+    rows: list[dict[str, Any]] = pq.read_table(output.with_suffix(".parquet")).to_pylist()
+    return rows
 
 
 def test_classes_of_one_name_are_judged_as_one_and_reported(

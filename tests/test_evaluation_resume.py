@@ -15,7 +15,7 @@ from click.testing import CliRunner, Result
 
 from pmgaft.cli import main
 
-HOW = ["--eps", "0.5/255,1/255", "--attack", "pgd-ce:2", "--attack", "pgd-margin:2", "--batch-size", "1"]
+HOW = ["--eps", "0.5/255,1/255", "--attack", "pgd-ce:2", "--attack", "pgd-margin:2", "--batch-size", "2"]
 
 
 def evaluate(*arguments: str) -> Result:
@@ -52,7 +52,7 @@ from pmgaft.evaluation import work
 keep, kept = work.Work.keep, []
 def dying(self, name, part, outcomes):
     if len(kept) == int(sys.argv[1]):
-        (self.directory / name / ".part-scratch").write_bytes(b"half")
+        self._part(name, part).with_name(".part-scratch").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
     kept.append(part)
     keep(self, name, part, outcomes)

@@ -20,7 +20,7 @@ from pmgaft.data import ImageSet
 from pmgaft.errors import DataError, ImageError
 from pmgaft.threat import Grid
 
-_BATCHES_A_PART = 4
+BATCHES_A_PART = 2
 LARGEST_SIDE = 512
 """A native part holds at most the pixels of as many pictures of this side, however large some are."""
 
@@ -65,7 +65,7 @@ class Pictures:
 
         On the native grid pictures of one size come together, since only they share a batch.
         """
-        most = _BATCHES_A_PART * batch_size
+        most = BATCHES_A_PART * batch_size
         if self.grid == "model-input":
             return [list(numbers[first : first + most]) for first in range(0, len(numbers), most)]
         sizes = {number: _size(self.images.read(number)[0]) for number in numbers}

@@ -37,7 +37,7 @@ from pmgaft.evaluation.checks import (
     served_alike,
 )
 from pmgaft.evaluation.classes import Classes, distinct_classes
-from pmgaft.evaluation.pictures import LARGEST_SIDE, Picture, Pictures, by_size, read_ahead
+from pmgaft.evaluation.pictures import BATCHES_A_PART, LARGEST_SIDE, Picture, Pictures, by_size, read_ahead
 from pmgaft.evaluation.protocol import AUTOATTACK, Protocol
 from pmgaft.evaluation.report import SetResult, markdown, parquet_bytes, result_json
 from pmgaft.evaluation.run import LogitsOf, Outcomes, Tell, attack_surface, attackable, judge_images
@@ -96,8 +96,8 @@ class Session:
         finished = self.ranks.by_first(lambda: self._finished(asked, resume=resume, force=force))
         if finished is not None:
             return finished
-        work = Work(self.output.with_suffix(".parts"))
-        self.ranks.by_first(lambda: work.begin(asked, resume=resume, force=force))
+        work = Work(self.output.with_suffix(".parts"), asked)
+        self.ranks.by_first(lambda: work.begin(resume=resume, force=force))
         encoder = attackable(self.clip.image)
         judged = [
             self._judge(encoder, images, classes, templates, work, f"{place:02d}-{_slug(images.name)}")
@@ -135,7 +135,7 @@ class Session:
             "model_hash": facts["hash"],
             "protocol": settings.protocol.to_json(),
             "limit": settings.limit,
-            "batch_size": settings.batch_size,
+            "images_a_part": BATCHES_A_PART * settings.batch_size,
             "check_images": settings.check_images,
             "sets": [
                 {"name": images.name, "split": settings.split, "hash": images.hash, "templates": list(templates)}

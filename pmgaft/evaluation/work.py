@@ -1,14 +1,16 @@
 """The state of an evaluation under way: a directory of finished parts, so that a killed one can go on.
 
-WORK/asked.json               what was asked, to the last setting that decides an outcome
-WORK/SET/part-00012.safetensors   the outcomes of one part
-WORK/SET/checks.json          the self-checks of one set
+WORK/asked.json                        what was asked, to the last setting that decides an outcome
+WORK/ASKED/SET/part-00012.safetensors  the outcomes of one part; ASKED is the hash of what was asked
+WORK/ASKED/SET/checks.json             the self-checks of one set
 
-Everything is written beside its place and renamed: what is there is whole.
+Everything is written beside its place and renamed: what is there is whole. Machines need not share the directory: each
+rank goes on with the parts it finds.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -28,10 +30,11 @@ _ASKED = "asked.json"
 class Work:
     """One evaluation's parts; several processes may write different ones."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, asked: Mapping[str, Any]) -> None:
+        self.directory, self.asked = directory, asked
+        self._parts = directory / hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:16]
 
-    def begin(self, asked: Mapping[str, Any], *, resume: bool, force: bool) -> None:
+    def begin(self, *, resume: bool, force: bool) -> None:
         """Take up what is there, or start anew.
 
         Raises: InputError where an unfinished evaluation is there and neither is asked for, or `resume` is and it
@@ -44,7 +47,7 @@ class Work:
                     f"{self.directory} holds an unfinished evaluation; go on with --resume, or drop it with --force"
                 )
                 raise InputError(message)
-            differing = differences(json.loads(file.read_text(encoding="utf-8")), asked)
+            differing = differences(json.loads(file.read_text(encoding="utf-8")), self.asked)
             if differing:
                 raise InputError(
                     f"{self.directory} was begun with another {', '.join(differing)}; drop it with --force"
@@ -52,7 +55,7 @@ class Work:
             return
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir(parents=True)
-        write_atomically(file, json.dumps(asked, indent=2).encode())
+        write_atomically(file, json.dumps(self.asked, indent=2).encode())
 
     def outcomes(self, name: str, part: int) -> Outcomes | None:
         """A part that was finished before."""
@@ -68,20 +71,20 @@ class Work:
 
     def checks(self, name: str) -> list[dict[str, Any]] | None:
         """The self-checks of a set, if they were made before."""
-        file = self.directory / name / "checks.json"
+        file = self._parts / name / "checks.json"
         found: list[dict[str, Any]] | None = json.loads(file.read_text("utf-8")) if file.is_file() else None
         return found
 
     def keep_checks(self, name: str, checks: list[dict[str, Any]]) -> None:
         """Remember them."""
-        write_atomically(self.directory / name / "checks.json", json.dumps(checks).encode())
+        write_atomically(self._parts / name / "checks.json", json.dumps(checks).encode())
 
     def finish(self) -> None:
         """Nothing is left to go on with."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _part(self, name: str, part: int) -> Path:
-        return self.directory / name / f"part-{part:05d}.safetensors"
+        return self._parts / name / f"part-{part:05d}.safetensors"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
