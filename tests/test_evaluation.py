@@ -410,6 +410,7 @@ def test_several_sets_have_an_average(asked: list[str], shards: Path, tmp_path: 
     done = evaluate(*asked[:-2], *second, "--attack", "none", "--output", str(output))
     assert "average" in done.stdout
     result = json.loads(output.read_text())
+    assert [figures["name"] for figures in result["sets"]] == [shards.name, f"{shards.name}-2"]
     values = [figures["clean"]["value"] for figures in result["sets"]]
     assert result["average"]["clean"] == pytest.approx(sum(values) / 2)
 

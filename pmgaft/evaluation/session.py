@@ -100,8 +100,10 @@ class Session:
         self.ranks.by_first(lambda: work.begin(resume=resume, force=force))
         encoder = attackable(self.clip.image)
         judged = [
-            self._judge(encoder, images, classes, templates, work, f"{place:02d}-{_slug(images.name)}")
-            for place, (images, (classes, templates)) in enumerate(zip(self.sets, prepared, strict=True))
+            self._judge(encoder, images, name, classes, templates, work, f"{place:02d}-{_slug(name)}")
+            for place, (images, name, (classes, templates)) in enumerate(
+                zip(self.sets, self._names(), prepared, strict=True)
+            )
         ]
         if not self.ranks.first:
             return {}
@@ -128,6 +130,12 @@ class Session:
                 raise ThreatError(f"{message}; there are {', '.join(known)}", field="attack", code="attack_invalid")
         return classes, templates
 
+    def _names(self) -> list[str]:
+        """The sets' names, numbered where several sets share one."""
+        names = [images.name for images in self.sets]
+        earlier = [names[:place].count(name) for place, name in enumerate(names)]
+        return [f"{name}-{count + 1}" if count else name for name, count in zip(names, earlier, strict=True)]
+
     def _asked(self, facts: Mapping[str, Any], prepared: Sequence[tuple[Classes, tuple[str, ...]]]) -> dict[str, Any]:
         """Everything that decides an outcome."""
         settings = self.settings
@@ -138,8 +146,8 @@ class Session:
             "images_a_part": BATCHES_A_PART * settings.batch_size,
             "check_images": settings.check_images,
             "sets": [
-                {"name": images.name, "split": settings.split, "hash": images.hash, "templates": list(templates)}
-                for images, (_, templates) in zip(self.sets, prepared, strict=True)
+                {"name": name, "split": settings.split, "hash": images.hash, "templates": list(templates)}
+                for images, name, (_, templates) in zip(self.sets, self._names(), prepared, strict=True)
             ],
             "version": __version__,
         }
@@ -163,6 +171,7 @@ class Session:
         self,
         encoder: PixelEncoder,
         images: ImageSet,
+        name: str,
         classes: Classes,
         templates: tuple[str, ...],
         work: Work,
@@ -176,7 +185,7 @@ class Session:
         parts = list(enumerate(pictures.parts(numbers, settings.batch_size)))
         mine = parts[self.ranks.rank :: self.ranks.world]
         found = {part: outcomes for part, _ in mine if (outcomes := work.outcomes(key, part)) is not None}
-        with self.bar(images.name, sum(len(chosen) for _, chosen in mine)) as advance:
+        with self.bar(name, sum(len(chosen) for _, chosen in mine)) as advance:
             tally = _Tally(advance, bool(settings.protocol.attacks))
             for outcomes in found.values():
                 tally.add(outcomes)
@@ -195,7 +204,7 @@ class Session:
         checks = [Check(**check) for check in known] if known is not None else of_set.checked(outcomes)
         work.keep_checks(key, [check.to_json() for check in checks])
         return SetResult(
-            name=images.name,
+            name=name,
             split=settings.split,
             hash=images.hash,
             names=images.class_names,
