@@ -1,9 +1,11 @@
 """The smallest change that changes an answer: a search over radii that goes on from what it has found.
 
-First a descent along the decision boundary: each row's ball shrinks while its point is adversarial and grows while it
-is not, and the point takes one normalised gradient step of the margin inside that ball. Where nothing adversarial is
-known yet, the ball reaches as far as the linearised margin asks. Then attempts: PGD in a ball a little smaller than
-the best distance, starting at the best point; the first that fails ends the search and is the bracket's lower end.
+First the margins to the likeliest rivals are linearised at the image, and the nearest of their boundaries is where the
+search begins. Then a descent along the decision boundary: each row's ball shrinks while its point is adversarial and
+grows while it is not, and the point takes one normalised gradient step of the margin inside that ball. Where nothing
+adversarial is known yet, the ball reaches as far as the linearised margin asks. At last attempts: PGD in a ball a
+little smaller than the best distance, starting at the best point; the first that fails ends the search and is the
+bracket's lower end.
 
 Sources: Rony et al. 2019 (arXiv 1811.09600, DDN: a radius that grows and shrinks); Pintor et al. 2021 (arXiv
 2102.12827, FMN: the linearised distance, steps and shrinking annealed by a cosine). Ours are steps in units of the
@@ -32,6 +34,9 @@ STEP = (1.0, 0.02)
 
 SHRINKING = (0.1, 0.002)
 """Of the ball, a step, at first and at last."""
+
+MOST_RIVALS = 5
+"""Answers whose boundaries are linearised at the start, a gradient each."""
 
 ATTEMPT_STEPS = 10
 MOST_ATTEMPTS = 20
@@ -85,8 +90,10 @@ def nearest_adversarial(
         search = _Search(logits_of, pixels.detach().float().clone(), labels, aims, norms, expired)
         if starts is not None:
             search.take(starts.detach().float(), torch.arange(len(pixels), device=pixels.device))
-        search.descend(torch.tensor([max(int(DESCENT_SHARE * most), 1) for most in gradients], device=pixels.device))
-        search.attempt(torch.tensor(list(gradients), device=pixels.device), widths, seeds)
+        most = torch.tensor(list(gradients), device=pixels.device)
+        x, eps = search.begin((most // 10).clamp(1, MOST_RIVALS))
+        search.descend(x, eps, ((most * DESCENT_SHARE).long() - search.gradients).clamp_min(1))
+        search.attempt(most, widths, seeds)
         return search.result()
 
 
@@ -101,6 +108,7 @@ class _Search:
         expired: Expired | None,
     ) -> None:
         self.logits_of, self.origin, self.norms, self.expired = logits_of, origin, norms, expired
+        self.labels, self.targets = labels, targets
         self.loss, self.success = _gap(labels, targets), _success(labels, targets)
         device, size = origin.device, len(origin)
         self.l2 = torch.tensor([norm == "l2" for norm in norms], dtype=torch.bool, device=device)
@@ -132,10 +140,51 @@ class _Search:
             logits = self._logits(x, index)
         self._keep(x, index, self.success(logits, index))
 
-    def descend(self, steps: Tensor) -> None:
-        """steps: int64 [B]."""
+    def begin(self, most: Tensor) -> tuple[Tensor, Tensor]:
+        """Linearise the margins to the likeliest rivals at the image itself, and go where the nearest of the linear
+        boundaries lies: points [B, 3, H, W] and radii [B]. The likeliest rival's boundary need not be the nearest.
+        most: int64 [B], gradients to be spent on it.
+        """
         index = torch.arange(len(self.origin), device=self.origin.device)
-        x, eps = self.origin, torch.zeros_like(self.distance)
+        x = self.origin.clone().requires_grad_()
+        logits = self._logits(x, index)
+        self._keep(self.origin, index, self.success(logits.detach(), index))
+        self.finite &= self.loss(logits, index).detach().isfinite()
+        wanted, unwanted = self._rivals(logits.detach())
+        direction = torch.zeros_like(x)
+        largest = int(most.max()) if len(most) else 0
+        for turn in range(min(largest, wanted.shape[1])):
+            gap = logits.gather(1, wanted[:, turn : turn + 1]) - logits.gather(1, unwanted[:, turn : turn + 1])
+            there = (
+                gap.detach()[:, 0].isfinite() & (most > turn) & (self.distance > 0) & self.finite & ~self._late(index)
+            )
+            if not bool(there.any()):
+                break
+            gradient, dual = self._gradient(
+                gap.masked_fill(~there[:, None], 0.0), x, index, there.nonzero()[:, 0], again=True
+            )
+            ahead = torch.where(there, gap.detach()[:, 0].abs() / dual, torch.inf)
+            nearer = ahead < self.first_order
+            direction = torch.where(as_pixels(nearer), gradient, direction)
+            self.first_order = torch.where(nearer, ahead, self.first_order)
+        eps = torch.minimum(self.first_order, self.largest)
+        balls = self._balls(index, eps)
+        return balls.project(self.origin + as_pixels(eps) * balls.ascent(direction)), eps
+
+    def _rivals(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Pairs of answers whose logits must swap, the likeliest first: int64 [B, R] each. For a target there is one
+        pair, with the largest other logit; further ones repeat it."""
+        count = min(MOST_RIVALS, logits.shape[1] - 1)
+        labels = self.labels[:, None]
+        likeliest = logits.scatter(1, labels, -torch.inf).topk(count, dim=1).indices
+        aims = self.targets.clamp_min(0)[:, None]
+        ahead = logits.scatter(1, aims, -torch.inf).argmax(dim=1, keepdim=True)
+        away = self.targets[:, None] < 0
+        return torch.where(away, likeliest, aims), torch.where(away, labels, ahead).expand(-1, count)
+
+    def descend(self, x: Tensor, eps: Tensor, steps: Tensor) -> None:
+        """From points x with radii eps [B]; steps: int64 [B]."""
+        index = torch.arange(len(self.origin), device=self.origin.device)
         longest = int(steps.max()) if len(steps) else -1
         for taken in range(longest + 1):
             late = self._late(index)
@@ -152,15 +201,9 @@ class _Search:
             if not len(staying):
                 return
             gradient, dual = self._gradient(gaps, x, index, staying)
-            index, broke, gaps = index[staying], broke[staying], gaps.detach()[staying]
-            x, gradient = x.detach()[staying], gradient[staying]
-            ahead = gaps.abs() / dual[staying]
-            if taken == 0:
-                self.first_order[index] = ahead
-                eps = torch.minimum(ahead, self.distance[index])
-            else:
-                eps = self._radius(eps[staying], x, index, broke, ahead, taken, steps[index])
-            eps = torch.minimum(eps, self.largest[index])
+            ahead = (gaps.detach().abs() / dual)[staying]
+            index, broke, x, gradient = index[staying], broke[staying], x.detach()[staying], gradient[staying]
+            eps = self._radius(eps[staying], x, index, broke, ahead, taken, steps[index])
             balls = self._balls(index, eps)
             step = as_pixels(_annealed(STEP, taken, steps[index]) * eps)
             x = balls.project(x + step * balls.ascent(gradient))
@@ -207,11 +250,13 @@ class _Search:
         nearest = self.distance[index]
         reach = torch.maximum(self._norm(x - self.origin[index], index) + ahead, eps * (1 + change))
         grown = torch.where(nearest.isinf(), reach, torch.minimum(eps * (1 + change), nearest))
-        return torch.where(broke, torch.minimum(eps, nearest) * (1 - change), grown)
+        return torch.minimum(torch.where(broke, torch.minimum(eps, nearest) * (1 - change), grown), self.largest[index])
 
-    def _gradient(self, gaps: Tensor, x: Tensor, index: Tensor, staying: Tensor) -> tuple[Tensor, Tensor]:
-        """[n, 3, H, W] of the margins, and its dual norm [n]; zero where it is not finite."""
-        (gradient,) = torch.autograd.grad(gaps.sum(), x)
+    def _gradient(
+        self, gaps: Tensor, x: Tensor, index: Tensor, staying: Tensor, *, again: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """[n, 3, H, W] of the margins, and its dual norm [n]; zero where it is not finite. again: others will follow."""
+        (gradient,) = torch.autograd.grad(gaps.sum(), x, retain_graph=again)
         finite = torch.linalg.vector_norm(gradient, ord=torch.inf, dim=(1, 2, 3)).isfinite()
         stays = index[staying]
         self.gradients[stays] += 1
