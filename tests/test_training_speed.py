@@ -123,6 +123,34 @@ def test_losses_and_logits_are_float32_whatever_the_towers_are(tiny_clip: Clip) 
     assert torch.equal(features, features.bfloat16().float())
 
 
+# Accuracy
+
+
+@pytest.mark.parametrize("kind", ["pmg-aft", "tecoa", "finetune"])
+def test_accuracies_count_the_images_that_the_student_answers_rightly(kind: str, tiny_clip: Clip) -> None:
+    """Texts are put where the model tells these images apart; two of six labels are then made wrong."""
+    pixels = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        features = tiny_clip.image(pixels)
+    texts = nn.functional.normalize((features - features.mean(dim=0))[:3], dim=1)
+    answers = (features @ texts.T).argmax(dim=1)
+    assert len(answers.unique()) == 3
+    labels = torch.cat([answers[:4], (answers[4:] + 1) % 3])
+    measured = accumulate_gradients(
+        learner(tiny_clip, OBJECTIVES[kind](), texts=texts, guide_texts=texts),
+        pixels,
+        labels,
+        range(6),
+        threat=ThreatModel(eps=0.0),
+        budget=Budget(steps=1),
+        micro_batch=4,
+        with_accuracy=True,
+    )
+    shares = {name: value for name, value in measured.figures().items() if name.endswith("_accuracy")}
+    expected = ["clean_accuracy"] if kind == "finetune" else ["clean_accuracy", "robust_accuracy"]
+    assert shares == {name: pytest.approx(4 / 6) for name in expected}
+
+
 # TF32
 
 
