@@ -15,7 +15,7 @@ import torch
 
 from pmgaft.clip.loading import Clip
 from pmgaft.errors import BundleError
-from pmgaft_export.build import export_bundle
+from pmgaft_export.build import Evidence, export_bundle
 from pmgaft_export.bundle import MANIFEST, MANIFEST_BYTES, Bundle, open_bundle
 
 IMAGE = "torchscript/image.pt"
@@ -24,7 +24,8 @@ TEXT = "torchscript/text.pt"
 
 @pytest.fixture(scope="module")
 def written(tiny_clip: Clip, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_bundle(tiny_clip, tmp_path_factory.mktemp("written") / "bundle", formats=("torchscript",))
+    place = tmp_path_factory.mktemp("written") / "bundle"
+    return export_bundle(tiny_clip, place, formats=("torchscript",), evidence=Evidence(parity_images=12))
 
 
 @pytest.fixture
@@ -142,10 +143,10 @@ def test_a_path_that_leaves_the_bundle_is_refused(bundle: Path, path: str) -> No
         open_bundle(bundle)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", 1.0, True, None, [1]])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", 2.0, True, None, [2]])
 def test_an_unknown_schema_version_is_refused_and_named(bundle: Path, version: object) -> None:
     edit(bundle, lambda manifest: manifest.update(schema_version=version))
-    with pytest.raises(BundleError, match=r"has schema version .*; this pmgaft reads 1"):
+    with pytest.raises(BundleError, match=r"has schema version .*; this pmgaft reads 2"):
         open_bundle(bundle)
 
 
@@ -184,6 +185,9 @@ def test_a_giant_manifest_is_refused_unread(bundle: Path) -> None:
         (lambda m: m["files"].append(m["files"][0]), "twice"),
         (lambda m: m["formats"]["torchscript"].update(text="torchscript/other.pt"), "uses torchscript/other.pt"),
         (lambda m: m["differentiable"].update(image="other.pt"), r"uses other.pt and does not list it"),
+        (lambda m: m.update(quickest={"cpu": "onnx"}), "calls onnx the quickest and does not hold it"),
+        (lambda m: m.update(quickest={"tpu": "torchscript"}), "quickest"),
+        (lambda m: m["formats"]["torchscript"].update(precision="int4"), "formats.torchscript.precision"),
     ],
 )
 def test_a_manifest_with_a_mistake_is_refused_by_the_fields_name(

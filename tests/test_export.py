@@ -3,9 +3,11 @@
 import re
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -17,20 +19,25 @@ from pmgaft.clip.loading import Clip, save_local_dir
 from pmgaft.clip.text import TextEncoder, label_features
 from pmgaft.errors import BundleError, InputError, ModelError, ParityError
 from pmgaft_export import build, shipped
-from pmgaft_export.build import export_bundle, source_of
-from pmgaft_export.bundle import MANIFEST, Bundle, Manifest, load_torchscript, open_bundle, seal
+from pmgaft_export.build import AUTO, CANDIDATES, Evidence, source_of
+from pmgaft_export.bundle import MANIFEST, Bundle, Manifest, open_bundle, seal
 from pmgaft_export.command import export
-from pmgaft_export.formats import FORMATS, Encoder, Format, open_onnx
-from pmgaft_export.parity import sample_pixels
+from pmgaft_export.formats import FORMATS, Encoder, Format, Tools, write_torchscript
+from pmgaft_export.runtime import open_encoder
+from pmgaft_export.sample import sample_pixels
 from pmgaft_export.shipped import bundle_for
+from pmgaft_export.speed import Rates
 
 QUICK = ("torchscript",)
+FEW = Evidence(parity_images=12)
+export_bundle = partial(build.export_bundle, evidence=FEW)
 
 
 @pytest.fixture(scope="module")
 def whole(tiny_clip: Clip, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A bundle with every default format."""
-    return export_bundle(tiny_clip, tmp_path_factory.mktemp("whole") / "bundle")
+    """A bundle with every default format, and one that takes another's text encoder."""
+    place = tmp_path_factory.mktemp("whole") / "bundle"
+    return export_bundle(tiny_clip, place, formats=(*build.DEFAULT_FORMATS, "onnx-int8"))
 
 
 @pytest.fixture
@@ -51,8 +58,11 @@ def pmgaft(*arguments: object) -> Result:
 
 def damaging(damage: Callable[[Encoder], Encoder]) -> Format:
     """TorchScript, but of another encoder."""
-    good = FORMATS["torchscript"]
-    return Format(suffix=".pt", write=lambda encoder, path: good.write(damage(encoder), path), open=good.open)
+
+    def write(encoder: Encoder, path: Path, _: Tools | None = None) -> None:
+        write_torchscript(damage(encoder), path)
+
+    return Format(suffix=".pt", text="bad", write=write)
 
 
 class Shifted(torch.nn.Module):
@@ -73,37 +83,54 @@ def test_a_bundle_classifies_as_the_model_it_came_from(whole: Bundle, tiny_clip:
     labels = ["cat", "dog", "toaster", "a red bicycle"]
     pixels = sample_pixels(5, tiny_clip.image.size, seed=9)
     expected = tiny_clip.logits(pixels, label_features(tiny_clip.text.encode, labels))
-    for name, load in (("torchscript", load_torchscript), ("onnx", open_onnx)):
+    for name in ("torchscript", "onnx"):
         entry = whole.manifest.formats[name]
-        text = TextEncoder(whole.tokenizer(), load(whole.path(entry.text)), whole.manifest.text.causal)
-        features = load(whole.path(entry.image))(pixels)
+        tower = open_encoder(whole.path(entry.text)).run
+        text = TextEncoder(whole.tokenizer(), tower, whole.manifest.text.causal)
+        features = open_encoder(whole.path(entry.image)).run(pixels)
         logits = whole.manifest.logit_scale * features @ label_features(text.encode, labels).T
         assert torch.allclose(logits, expected, atol=1e-3)
 
 
-def test_both_formats_are_written_by_default_and_their_parity_stands_in_the_manifest(whole: Bundle) -> None:
-    assert set(whole.manifest.formats) == {"torchscript", "onnx"}
-    for entry in whole.manifest.formats.values():
-        assert len(entry.parity.batches) == 2
-        assert 0 <= entry.parity.image_difference < 1e-5
-        assert 0 <= entry.parity.text_difference < 1e-5
-        assert entry.parity.top1_agreement == 1
+def test_every_formats_parity_stands_in_the_manifest(whole: Bundle) -> None:
+    assert set(whole.manifest.formats) == {"torchscript", "onnx", "onnx-int8"}
+    for name, entry in whole.manifest.formats.items():
+        parity = entry.parity
+        assert len(parity.batches) == 2
+        assert parity.machine
+        assert (parity.sample, parity.images) == ("skimage", 12)
+        assert 0 <= parity.text_difference < 1e-5
+        assert parity.accuracy is not None
+        if name == "onnx-int8":
+            assert entry.calibration == "skimage"
+            assert 1e-4 < parity.image_difference < 0.1
+            assert 0.9 < parity.cosine < 1
+        else:
+            assert entry.calibration is None
+            assert 0 <= parity.image_difference < 1e-5
+            assert parity.top1_agreement == 1
     assert 0 <= whole.manifest.differentiable.gradient_difference < 1e-2
+
+
+def test_a_format_that_has_no_text_encoder_of_its_own_shares_anothers_file(whole: Bundle) -> None:
+    assert whole.manifest.formats["onnx-int8"].text == whole.manifest.formats["onnx"].text == "onnx/text.onnx"
+    assert [path.name for path in whole.path("onnx-int8").iterdir()] == ["image.onnx"]
 
 
 def test_the_model_card_names_the_model_its_parity_and_what_a_verdict_does_not_say(whole: Bundle) -> None:
     card = whole.path("model_card.md").read_text()
     assert card.startswith(f"# {whole.manifest.name}\n")
-    for said in (whole.manifest.source.tensors, "| onnx |", "| torchscript |", "not_broken", "at most 16 tokens"):
+    words = ("| onnx |", "| onnx-int8 |", "| torchscript |", "12 of skimage", "not_broken", "at most 16 tokens")
+    for said in (whole.manifest.source.tensors, *words):
         assert said in card
 
 
 def test_the_differentiable_encoder_is_there_whatever_the_format(
     tiny_clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(FORMATS, "other", damaging(lambda encoder: encoder))
-    bundle = export_bundle(tiny_clip, tmp_path / "bundle", formats=("other",))
-    assert set(bundle.manifest.formats) == {"other"}
+    monkeypatch.setitem(FORMATS, "bad", damaging(lambda encoder: encoder))
+    bundle = export_bundle(tiny_clip, tmp_path / "bundle", formats=("bad",))
+    assert set(bundle.manifest.formats) == {"bad"}
     pixels = sample_pixels(3, tiny_clip.image.size, seed=1).requires_grad_()
     (gradient,) = torch.autograd.grad(bundle.differentiable()(pixels).sum(), pixels)
     assert gradient.abs().max() > 0
@@ -207,7 +234,7 @@ def test_an_empty_directory_is_a_free_place(tiny_clip: Clip, tmp_path: Path) -> 
 def test_unknown_and_no_formats_are_refused_before_anything_is_done(
     tiny_clip: Clip, tmp_path: Path, formats: tuple[str, ...]
 ) -> None:
-    with pytest.raises(InputError, match="torchscript, onnx"):
+    with pytest.raises(InputError, match="torchscript, torchscript-fp16, onnx"):
         export_bundle(tiny_clip, tmp_path / "bundle", formats=formats)
     assert list(tmp_path.iterdir()) == []
 
@@ -227,14 +254,21 @@ def test_the_command_exports_a_run_with_its_recipe_and_prints_the_parity(run: Pa
 
 def test_the_command_writes_the_default_formats() -> None:
     (option,) = (parameter for parameter in export.params if parameter.name == "formats")
-    assert option.default == build.DEFAULT_FORMATS == tuple(FORMATS)
+    assert option.default == build.DEFAULT_FORMATS == ("torchscript", "onnx")
+
+
+def test_the_commands_help_names_every_format() -> None:
+    (option,) = (parameter for parameter in export.params if parameter.name == "formats")
+    assert isinstance(option, click.Option)
+    assert set(re.findall(r"[a-z][\w-]*", option.help or "")) >= {AUTO, *FORMATS}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("nowhere",), "nowhere"),
-        (("mini", "--format", "tflite"), "unknown format 'tflite'; known: torchscript, onnx"),
+        (("mini", "--format", "tflite"), "unknown format 'tflite'; known: auto, torchscript, torchscript-fp16, onnx"),
+        (("mini", "--format", "auto", "--format", "onnx"), "auto chooses the formats itself"),
     ],
 )
 def test_a_mistake_ends_in_one_line_and_code_2(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
@@ -245,6 +279,64 @@ def test_a_mistake_ends_in_one_line_and_code_2(tmp_path: Path, arguments: tuple[
     assert message in error
     assert progress == [f"loading {arguments[0]}"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_device_and_data_set_are_told_before_anything_is_written(tmp_path: Path) -> None:
+    place = ("--output-dir", tmp_path / "bundle")
+    assert "device must be auto, cpu, cuda or cuda:N" in pmgaft("export", "mini", *place, "--device", "tpu").stderr
+    assert "there is no data set 'nowhere'" in pmgaft("export", "mini", *place, "--parity-data", "nowhere").stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def rates(monkeypatch: pytest.MonkeyPatch) -> Rates:
+    """Instead of measured speeds, these; the formats that "auto" tries are two that are written quickly."""
+    monkeypatch.setitem(FORMATS, "other", FORMATS["torchscript"])
+    monkeypatch.setitem(CANDIDATES, "cpu", ("torchscript", "other"))
+    found = {"torchscript": {1: 10.0, 16: 20.0}, "other": {1: 30.0, 16: 40.0}}
+    monkeypatch.setattr(build, "measure_speed", lambda encoders, size: {name: found[name] for name in encoders})
+    return found
+
+
+def test_auto_keeps_the_quickest_and_torchscript_and_records_what_it_measured(
+    tiny_clip: Clip, tmp_path: Path, rates: Rates
+) -> None:
+    bundle = export_bundle(tiny_clip, tmp_path / "bundle", formats=(AUTO,))
+    manifest = bundle.manifest
+    assert set(manifest.formats) == {"torchscript", "other"}
+    assert manifest.quickest == {"cpu": "other"}
+    assert {(one.format, one.batch): one.images_per_second for one in manifest.speeds} == {
+        ("torchscript", 1): 10, ("torchscript", 16): 20, ("other", 1): 30, ("other", 16): 40,
+    }  # fmt: skip
+    assert all(one.device == "cpu" and one.machine for one in manifest.speeds)
+    assert "| other |" in bundle.path("model_card.md").read_text()
+
+
+def test_auto_leaves_no_file_of_a_slower_format(tiny_clip: Clip, tmp_path: Path, rates: Rates) -> None:
+    rates["other"] = {1: 1.0, 16: 1.0}
+    bundle = export_bundle(tiny_clip, tmp_path / "bundle", formats=(AUTO,))
+    assert bundle.manifest.quickest == {"cpu": "torchscript"}
+    assert set(files(bundle.directory)) == {
+        "torchscript/image.pt", "torchscript/text.pt", "tokenizer.json", "model_card.md", MANIFEST,
+    }  # fmt: skip
+    assert {one.format for one in bundle.manifest.speeds} == {"torchscript", "other"}
+
+
+def test_auto_leaves_out_a_format_that_misses_its_gate_and_says_so(
+    tiny_clip: Clip, tmp_path: Path, rates: Rates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(FORMATS, "other", replace(damaging(shifted), text="torchscript"))
+    steps: list[str] = []
+    bundle = export_bundle(tiny_clip, tmp_path / "bundle", formats=(AUTO,), progress=steps.append)
+    assert set(bundle.manifest.formats) == {"torchscript"}
+    assert any(step.startswith("left out: other: image features: 0.001 away") for step in steps)
+    assert {one.format for one in bundle.manifest.speeds} == {"torchscript"}
+
+
+def test_every_candidate_of_auto_is_a_format_and_the_first_serves_probes() -> None:
+    for names in CANDIDATES.values():
+        assert set(names) <= set(FORMATS)
+        assert names[0] == "torchscript"
 
 
 def test_the_source_is_the_clips_own_where_no_run_is_given(tiny_clip: Clip) -> None:

@@ -1,6 +1,9 @@
 """Each format computes the model's own function, at any batch size and text length, on any device."""
 
 import copy
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,14 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from pmgaft.clip.loading import Clip, load_clip, save_local_dir
+from pmgaft.clip.loading import Clip, load_clip, save_local_dir, tensors_hash
 from pmgaft.clip.text import TextEncoder
+from pmgaft.errors import PmgaftError
 from pmgaft_export import formats
-from pmgaft_export.build import Encoders, prepare
-from pmgaft_export.formats import FORMATS, open_onnx, write_onnx
-from pmgaft_export.parity import sample_pixels
+from pmgaft_export.build import Encoders, Evidence, prepare
+from pmgaft_export.bundle import load_torchscript
+from pmgaft_export.formats import FORMATS, Encoder, Tools, half, write_onnx, write_pt2
+from pmgaft_export.runtime import CPU, open_encoder, target
+from pmgaft_export.sample import sample_pixels
 
 Encode = Callable[[Tensor], Tensor]
+EXACT = ("torchscript", "onnx")
+FEW = Evidence(parity_images=12)
 TEXTS = ["a", "cat", "a photo of a dog.", "toaster", "a very long label of one small red bicycle"]
 
 
@@ -30,7 +38,7 @@ def clip(request: pytest.FixtureRequest) -> Clip:
 
 @pytest.fixture(scope="module")
 def encoders(clip: Clip) -> Encoders:
-    return prepare(clip)
+    return prepare(clip, FEW)
 
 
 @pytest.fixture(scope="module")
@@ -38,26 +46,34 @@ def all_written(encoders: Encoders, tmp_path_factory: pytest.TempPathFactory) ->
     """Format -> {"image": file, "text": file}."""
     directory = tmp_path_factory.mktemp("written")
     paths = {}
-    for name, chosen in FORMATS.items():
-        paths[name] = {kind: directory / f"{kind}{chosen.suffix}" for kind in ("image", "text")}
-        chosen.write(encoders.image, paths[name]["image"])
-        chosen.write(encoders.text, paths[name]["text"])
+    for name in EXACT:
+        paths[name] = {kind: directory / f"{kind}{FORMATS[name].suffix}" for kind in ("image", "text")}
+        write(name, encoders.image, paths[name]["image"])
+        write(name, encoders.text, paths[name]["text"])
     return paths
 
 
-@pytest.fixture(params=list(FORMATS))
+@pytest.fixture(params=EXACT)
 def written(request: pytest.FixtureRequest, all_written: dict[str, dict[str, Path]]) -> dict[str, Path]:
     return all_written[request.param]
 
 
 def torchscript(path: Path) -> torch.jit.ScriptModule:
-    module = FORMATS["torchscript"].open(path)
+    module = load_torchscript(path)
     assert isinstance(module, torch.jit.ScriptModule)
     return module
 
 
+def no_photographs() -> Tensor:
+    pytest.fail("photographs were asked for")
+
+
+def write(name: str, encoder: Encoder, path: Path, photographs: Callable[[], Tensor] = no_photographs) -> None:
+    FORMATS[name].write(encoder, path, Tools(device=CPU, photographs=photographs))
+
+
 def opened(path: Path) -> Encode:
-    return next(chosen.open for chosen in FORMATS.values() if chosen.suffix == path.suffix)(path)
+    return open_encoder(path).run
 
 
 def largest(difference: Tensor) -> float:
@@ -120,8 +136,9 @@ def test_no_parameter_of_the_torchscript_encoders_requires_a_gradient(all_writte
         assert not module.training
 
 
-def test_the_torchscript_image_encoder_names_no_device(all_written: dict[str, dict[str, Path]]) -> None:
-    module = torchscript(all_written["torchscript"]["image"])
+@pytest.mark.parametrize("kind", ["image", "text"])
+def test_no_torchscript_encoder_names_a_device(all_written: dict[str, dict[str, Path]], kind: str) -> None:
+    module = torchscript(all_written["torchscript"][kind])
     assert "Device = prim::Constant" not in str(module.inlined_graph)
 
 
@@ -147,7 +164,7 @@ def test_the_onnx_files_tell_nothing_of_the_machine_that_wrote_them(all_written:
         assert b".py" not in path.read_bytes()
 
 
-@pytest.mark.parametrize("name", list(FORMATS))
+@pytest.mark.parametrize("name", EXACT)
 def test_a_text_tower_that_is_not_causal_takes_the_whole_context(
     tiny_vit_clip: Clip, tmp_path: Path, name: str
 ) -> None:
@@ -157,34 +174,29 @@ def test_a_text_tower_that_is_not_causal_takes_the_whole_context(
     clip = load_clip(str(tmp_path / "model"))
     assert not clip.text.causal
     path = tmp_path / f"text{FORMATS[name].suffix}"
-    FORMATS[name].write(prepare(clip).text, path)
-    exported = TextEncoder(clip.tokenizer, FORMATS[name].open(path), causal=False)
+    write(name, prepare(clip, FEW).text, path)
+    exported = TextEncoder(clip.tokenizer, opened(path), causal=False)
     assert largest(exported.encode(TEXTS) - clip.text.encode(TEXTS)) < 1e-5
     assert largest(clip.text.encode(TEXTS) - tiny_vit_clip.text.encode(TEXTS)) > 1e-3
 
 
-def test_large_weights_go_to_a_second_file_beside_the_graph(
-    clip: Clip, encoders: Encoders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_weights_go_to_a_second_file_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(formats, "ONNX_INLINE_BYTES", 1000)
-    write_onnx(encoders.text, tmp_path / "text.onnx")
+    module = torch.nn.Linear(64, 16).requires_grad_(False)
+    write_onnx(Encoder(module=module, example=torch.rand(2, 64), dynamic={0: "batch"}), tmp_path / "text.onnx")
     assert {path.name for path in tmp_path.iterdir()} == {"text.onnx", "text.onnx.data"}
-    tokens = clip.tokenizer(TEXTS)
-    assert largest(open_onnx(tmp_path / "text.onnx")(tokens) - clip.text_tower(tokens)) < 1e-5
+    values = torch.rand(3, 64)
+    assert largest(opened(tmp_path / "text.onnx")(values) - module(values)) < 1e-5
 
 
-def test_exporting_changes_neither_the_model_nor_torchs_settings(clip: Clip, tmp_path: Path) -> None:
-    before = [(name, value.clone(), value.requires_grad) for name, value in clip.open_clip_model.named_parameters()]
-    training = clip.open_clip_model.training
-    encoders = prepare(clip)
-    for name, chosen in FORMATS.items():
-        chosen.write(encoders.image, tmp_path / f"{name}{chosen.suffix}")
-    for (name, value, grad), (name_after, value_after) in zip(
-        before, clip.open_clip_model.named_parameters(), strict=True
-    ):
-        assert (name, grad) == (name_after, value_after.requires_grad)
-        assert torch.equal(value, value_after)
-    assert clip.open_clip_model.training == training
+def test_exporting_changes_neither_the_model_nor_torchs_settings(
+    clip: Clip, encoders: Encoders, all_written: dict[str, dict[str, Path]], tmp_path: Path
+) -> None:
+    fresh = load_clip(clip.name)
+    write("torchscript-fp16", encoders.image, tmp_path / "half.pt")
+    assert tensors_hash(clip.open_clip_model) == tensors_hash(fresh.open_clip_model)
+    assert not any(value.requires_grad for value in clip.open_clip_model.parameters())
+    assert clip.open_clip_model.training == fresh.open_clip_model.training
     assert torch.backends.mha.get_fastpath_enabled()
 
 
@@ -193,7 +205,81 @@ def test_a_failed_trace_leaves_the_fast_path_as_it_was(tmp_path: Path) -> None:
         def forward(self, pixels: Tensor) -> Tensor:
             raise ValueError("broken")
 
-    encoder = formats.Encoder(module=Broken(), example=torch.zeros(2, 3), dynamic={0: "batch"})
+    encoder = Encoder(module=Broken(), example=torch.zeros(2, 3), dynamic={0: "batch"})
     with pytest.raises(ValueError, match="broken"):
         formats.write_torchscript(encoder, tmp_path / "broken.pt")
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+@pytest.mark.parametrize("name", ["torchscript-fp16", "onnx-fp16"])
+def test_half_precision_halves_the_file_and_keeps_the_features(tiny_vit_clip: Clip, tmp_path: Path, name: str) -> None:
+    clip, encoders = tiny_vit_clip, prepare(tiny_vit_clip, FEW)
+    path = tmp_path / f"image{FORMATS[name].suffix}"
+    write(name, encoders.image, path)
+    weights = sum(value.nbytes for value in encoders.image.module.state_dict().values())
+    assert path.stat().st_size < 0.5 * weights + 200_000 < weights
+    pixels = sample_pixels(3, clip.image.size, seed=4)
+    features, expected = open_encoder(path, precision="float16").run(pixels), clip.image(pixels)
+    assert features.dtype == torch.float32
+    assert largest(features.norm(dim=1) - 1) < 1e-5
+    assert 1e-6 < largest(features - expected) < 5e-3
+
+
+def test_half_precision_leaves_the_original_as_it_was(encoders: Encoders) -> None:
+    halved = half(encoders.image).module
+    assert {value.dtype for value in halved.parameters()} == {torch.float16}
+    assert {value.dtype for value in encoders.image.module.parameters()} == {torch.float32}
+
+
+class Doubled(torch.nn.Module):
+    """The smallest module that has a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([2.0, 2.0, 2.0]), requires_grad=False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values * self.weight
+
+
+doubled = Encoder(module=Doubled(), example=torch.ones(2, 3), dynamic={0: "batch"})
+tools = Tools(device=CPU, photographs=no_photographs)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+def test_a_compiled_encoder_runs_at_any_batch_size_without_the_compiler_and_without_unpickling(tmp_path: Path) -> None:
+    path = tmp_path / "doubled.pt2"
+    write_pt2(doubled, path, tools)
+    encode = open_encoder(path)
+    assert encode.engine == "aotinductor-cpu"
+    for batch in (1, 2, 33):
+        values = torch.rand(batch, 3)
+        assert torch.equal(encode.run(values), 2 * values)
+    program = f"""
+import pickle, sys
+from pathlib import Path
+import torch
+from pmgaft_export.runtime import open_encoder
+def alarm(*_, **__): raise SystemExit("unpickled")
+pickle.load = pickle.loads = torch.load = alarm
+print(open_encoder(Path({str(path)!r})).run(torch.ones(1, 3)).tolist(), "torch._inductor.compile_fx" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[[2.0, 2.0, 2.0]] False"
+
+
+def test_what_cannot_be_compiled_is_one_error_of_our_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no C++ compiler found\nsecond line")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail)
+    with pytest.raises(PmgaftError, match=r"cannot be compiled here: no C\+\+ compiler found$") as caught:
+        write_pt2(doubled, tmp_path / "doubled.pt2", tools)
+    assert caught.value.code == "pt2_failed"
+
+
+def test_a_target_names_the_processor_and_the_version_of_torch() -> None:
+    kind, _, release = target(CPU).rpartition(", ")
+    assert kind.startswith("cpu ")
+    assert len(kind) > len("cpu ")
+    assert release == "torch " + ".".join(torch.__version__.split(".")[:2])

@@ -17,8 +17,8 @@ from pmgaft.cli import main
 from pmgaft.clip.loading import Clip, load_clip
 from pmgaft.clip.preprocess import to_pixels
 from pmgaft.clip.text import TextEncoder, label_features
-from pmgaft_export.bundle import Bundle, load_torchscript, open_bundle
-from pmgaft_export.formats import open_onnx
+from pmgaft_export.bundle import Bundle, open_bundle
+from pmgaft_export.runtime import open_encoder
 from pmgaft_serve.client import Client, Question
 from pmgaft_serve.torchserve import ServeOptions, serving
 
@@ -110,10 +110,11 @@ def test_the_exported_model_ranks_labels_as_the_trained_one(
     pixels = torch.stack([to_pixels(image, bundle.preprocess) for image in tiny_images])
     assert torch.equal(pixels, torch.stack([to_pixels(image, trained.preprocess) for image in tiny_images]))
     expected = trained.logits(pixels, label_features(trained.text.encode, LABELS)).softmax(dim=1)
-    for name, load in (("torchscript", load_torchscript), ("onnx", open_onnx)):
+    for name in ("torchscript", "onnx"):
         entry = bundle.manifest.formats[name]
-        text = TextEncoder(bundle.tokenizer(), load(bundle.path(entry.text)), bundle.manifest.text.causal)
-        features = load(bundle.path(entry.image))(pixels)
+        tower = open_encoder(bundle.path(entry.text)).run
+        text = TextEncoder(bundle.tokenizer(), tower, bundle.manifest.text.causal)
+        features = open_encoder(bundle.path(entry.image)).run(pixels)
         found = (bundle.manifest.logit_scale * features @ label_features(text.encode, LABELS).T).softmax(dim=1)
         assert torch.allclose(found, expected, atol=1e-4)
 

@@ -1,29 +1,21 @@
-"""What stands around TorchServe, without starting it: Java, configuration, ports, devices, engines, our jar."""
+"""What stands around TorchServe, without starting it: Java, configuration, ports, our jar."""
 
 import hashlib
 import json
-import os
 import socket
 import stat
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from click.testing import CliRunner
 from pydantic import TypeAdapter
 
 from pmgaft.cli import main
-from pmgaft.clip.loading import Clip
-from pmgaft.errors import BundleError, InputError, PmgaftError, ServerError
-from pmgaft_export.build import export_bundle
-from pmgaft_export.bundle import Bundle
-from pmgaft_serve import engines, torchserve
-from pmgaft_serve.engines import guarded_memory, onnx_providers, open_engine, worker_device
+from pmgaft.errors import InputError, ServerError
+from pmgaft_serve import torchserve
 from pmgaft_serve.service import Settings
 from pmgaft_serve.torchserve import Ports, ServeOptions, check_port, config_properties, find_java, free_ports
 
@@ -180,132 +172,3 @@ def test_a_server_that_cannot_be_is_refused_in_one_line(arguments: tuple[str, ..
     last = result.stderr.splitlines()[-1]
     assert last.startswith("pmgaft: error: ")
     assert told in last
-
-
-# engines and devices
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny_clip: Clip, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return export_bundle(tiny_clip, tmp_path_factory.mktemp("serve") / "bundle")
-
-
-CPU = torch.device("cpu")
-
-
-@pytest.mark.parametrize(
-    ("choice", "name", "form"),
-    [
-        ("auto", "onnxruntime-cpu", "onnx"),
-        ("onnxruntime", "onnxruntime-cpu", "onnx"),
-        ("torchscript", "torchscript-cpu", "torchscript"),
-    ],
-)
-def test_every_engine_gives_the_models_features(
-    bundle: Bundle, tiny_clip: Clip, choice: str, name: str, form: str
-) -> None:
-    engine = open_engine(bundle, choice, CPU, threads=1)
-    assert (engine.name, engine.format) == (name, form)
-    pixels = torch.rand(3, 3, 32, 32)
-    tokens = tiny_clip.tokenizer(["a cat", "a very large dog"])
-    with torch.no_grad():
-        torch.testing.assert_close(engine.image(pixels), tiny_clip.image(pixels), atol=1e-4, rtol=0)
-        torch.testing.assert_close(engine.text(tokens), tiny_clip.text_tower(tokens), atol=1e-4, rtol=0)
-
-
-def test_the_probes_encoder_has_the_models_derivative(bundle: Bundle, tiny_clip: Clip) -> None:
-    pixels = torch.rand(2, 3, 32, 32, requires_grad=True)
-    gradients = [
-        torch.autograd.grad(encode(pixels)[:, 0].sum(), pixels)[0]
-        for encode in (engines.differentiable(bundle, CPU), tiny_clip.image)
-    ]
-    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-2)
-
-
-def test_a_bundle_without_onnx_is_served_by_torchscript_and_says_what_it_lacks(bundle: Bundle) -> None:
-    formats = {"torchscript": bundle.manifest.formats["torchscript"]}
-    lean = Bundle(
-        directory=bundle.directory,
-        manifest=bundle.manifest.model_copy(update={"formats": formats}),
-        hash=bundle.hash,
-    )
-    assert open_engine(lean, "auto", CPU, threads=1).name == "torchscript-cpu"
-    with pytest.raises(BundleError, match="no onnx encoders, only torchscript"):
-        open_engine(lean, "onnxruntime", CPU, threads=1)
-
-
-def test_an_unknown_engine_is_refused(bundle: Bundle) -> None:
-    with pytest.raises(InputError, match="torchscript or onnxruntime"):
-        open_engine(bundle, "tensorrt", CPU, threads=1)
-
-
-def test_onnx_runtime_asks_for_the_gpu_only_where_it_has_it_and_always_for_the_cpu_last() -> None:
-    gpu = torch.device("cuda", 2)
-    both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    assert onnx_providers(CPU, both) == ["CPUExecutionProvider"]
-    assert onnx_providers(gpu, ["CPUExecutionProvider"]) == ["CPUExecutionProvider"]
-    assert onnx_providers(gpu, both) == [("CUDAExecutionProvider", {"device_id": 2}), "CPUExecutionProvider"]
-
-
-def test_a_gpu_that_onnx_runtime_cannot_use_falls_back_to_the_cpu_and_is_named_so(bundle: Bundle) -> None:
-    engine = engines.onnxruntime(bundle, torch.device("cuda", 0), threads=1)
-    if not torch.cuda.is_available():
-        assert engine.name == "onnxruntime-cpu"
-
-
-def test_onnx_runtime_does_not_send_usage_data_to_its_maker() -> None:
-    script = "import os, pmgaft_serve.engines; print(os.environ['ORT_DISABLE_TELEMETRY'])"
-    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "1"
-
-
-def pretend_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-
-
-@pytest.mark.parametrize(
-    ("gpus", "setting", "gpu_id", "expected"),
-    [
-        (0, "auto", None, "cpu"),
-        (0, "auto", 0, "cpu"),  # nvidia-smi is there, and torch is a CPU build
-        (2, "auto", None, "cpu"),  # TorchServe gave this worker no GPU
-        (2, "auto", 1, "cuda:1"),
-        (2, "cpu", 1, "cpu"),
-        (2, "cuda", 1, "cuda:1"),
-        (2, "cuda:0", 1, "cuda:0"),
-    ],
-)
-def test_a_worker_takes_the_device_it_was_given(
-    monkeypatch: pytest.MonkeyPatch, gpus: int, setting: str, gpu_id: int | None, expected: str
-) -> None:
-    pretend_gpus(monkeypatch, gpus)
-    assert str(worker_device(setting, gpu_id)) == expected
-
-
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_gpus(monkeypatch, 1)
-    with pytest.raises(InputError, match="cuda:1"):
-        worker_device("cuda:1", None)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-        MemoryError(),
-        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ..."),
-        RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : BFCArena: Failed to allocate memory for 4096"),
-        RuntimeError("std::bad_alloc"),
-    ],
-)
-def test_every_way_of_running_out_of_memory_is_one_error(error: Exception) -> None:
-    with pytest.raises(PmgaftError) as found, guarded_memory():
-        raise error
-    assert found.value.code == "out_of_memory"
-
-
-def test_another_error_stays_what_it_is() -> None:
-    with pytest.raises(RuntimeError, match="shape"), guarded_memory():
-        raise RuntimeError("shape mismatch")

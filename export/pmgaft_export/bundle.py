@@ -3,18 +3,19 @@
     BUNDLE/
       manifest.json          written last; lists every other file with its size and sha256
       FORMAT/image.*         pixels float32 [B, 3, H, W] in [0, 1] -> unit features float32 [B, D]
-      FORMAT/text.*          tokens int64 [N, L] -> unit features float32 [N, D]
+      FORMAT/text.*          tokens int64 [N, L] -> unit features float32 [N, D]; several formats may share one
       tokenizer.json         strings -> tokens, for the `tokenizers` library
       model_card.md          what this model is, for people
 
 Refused by name: a file that is missing, damaged, of another size, a symbolic link, or not in the manifest; a path that
 leaves the directory; a manifest that is not JSON, of an unknown schema version, or that names a file it does not list.
-Nothing here is ever unpickled. A TorchScript file is a program, opened only after its hash was found right: serve
-only bundles whose source you trust.
+Nothing here is ever unpickled. A TorchScript or AOTInductor file is a program, opened only after its hash was found
+right: serve only bundles whose source you trust.
 """
 
 import hashlib
 import json
+import math
 import stat
 import warnings
 from collections.abc import Callable, Iterator
@@ -31,7 +32,7 @@ from pmgaft.clip.preprocess import PreprocessSpec
 from pmgaft.clip.text import Tokenizer
 from pmgaft.errors import BundleError
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 MODEL_CARD = "model_card.md"
@@ -47,6 +48,7 @@ def _inside(path: str) -> str:
 
 
 InsidePath = Annotated[str, AfterValidator(_inside)]
+Precision = Literal["float32", "float16", "int8"]
 Sha256 = Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
 
 
@@ -92,10 +94,14 @@ class TextEntry(Entry):
 
 
 class Parity(Entry):
-    """Exported against eager, the worst over all batch sizes tried.
+    """Exported against eager: features over all batch sizes tried and the sample, answers over the sample.
 
     image_difference, text_difference: largest difference of one component of a unit feature.
-    top1_agreement: share of images with the same best text, texts that tie within the tolerance counting as the same.
+    cosine, cosine_mean: of an image's exported and eager features, the lowest and the mean.
+    sample: the data set of the pictures, or "shapes", which are made up; images: how many of them.
+    top1_agreement: share of them with the same best text, texts that tie within float32's tolerance counting as the
+    same. accuracy: share that the eager model answers rightly; None where the pictures have no labels. lost, won: how
+    many only the eager, only the exported encoders answer rightly. machine: that ran the exported ones.
     """
 
     model_config = ConfigDict(allow_inf_nan=True)  # what the gate then refuses must be expressible
@@ -103,15 +109,50 @@ class Parity(Entry):
     batches: tuple[PositiveInt, ...]
     image_difference: float
     text_difference: float
+    cosine: float
+    cosine_mean: float
+    sample: str
+    images: PositiveInt
     top1_agreement: float
+    accuracy: float | None
+    lost: Annotated[int, Field(ge=0)]
+    won: Annotated[int, Field(ge=0)]
+    machine: str
+
+    @property
+    def cost_points(self) -> float:
+        """Clean accuracy that the format costs on the sample, in percentage points."""
+        return 100 * (self.lost - self.won) / self.images
+
+    @property
+    def cost_error_points(self) -> float:
+        """The standard error of that, as the two models' answers are paired."""
+        return 100 * math.sqrt(self.lost + self.won) / self.images
 
 
 class FormatEntry(Entry):
-    """One format: its two encoders and how well they agree with the model that was exported."""
+    """One format: its two encoders, how they are written, and how well they agree with the model that was exported.
+
+    target: the kind of machine (`runtime.target`) that a compiled encoder is for; None: any.
+    calibration: the data set that int8 scales were measured on; None where none were needed.
+    """
 
     image: InsidePath
     text: InsidePath
+    precision: Precision
+    target: str | None = None
+    calibration: str | None = None
     parity: Parity
+
+
+class SpeedEntry(Entry):
+    """Images a second of one format's image encoder in batches of `batch`, on the machine named."""
+
+    format: str
+    device: Literal["cpu", "cuda"]
+    machine: str
+    batch: PositiveInt
+    images_per_second: PositiveFloat
 
 
 class DifferentiableEntry(Entry):
@@ -132,9 +173,11 @@ class Manifest(Entry):
     """Everything about a bundle that is not in its encoders.
 
     name: of the run, or the model's without its place.  logit_scale: the factor itself, not its logarithm.
+    quickest: for a kind of device, the format that was measured to be the quickest there; speeds: what was measured,
+    also of formats that are not in the bundle.
     """
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     name: str
     created: str
     source: Source
@@ -144,6 +187,8 @@ class Manifest(Entry):
     embed_dim: PositiveInt
     differentiable: DifferentiableEntry
     formats: Annotated[dict[str, FormatEntry], Field(min_length=1)]
+    quickest: dict[Literal["cpu", "cuda"], str] = {}
+    speeds: tuple[SpeedEntry, ...] = ()
     files: tuple[FileEntry, ...]
     versions: dict[str, str]
 
@@ -265,6 +310,8 @@ def _check_names(manifest: Manifest, root: Path) -> None:
     used.update(name for entry in manifest.formats.values() for name in (entry.image, entry.text))
     if unlisted := sorted(used - set(listed)):
         raise BundleError(f"bundle {root}: manifest.json uses {unlisted[0]} and does not list it")
+    if strange := sorted(set(manifest.quickest.values()) - set(manifest.formats)):
+        raise BundleError(f"bundle {root}: manifest.json calls {strange[0]} the quickest and does not hold it")
 
 
 def _names(directory: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
 import json
 
-from .bundle import Manifest
+from .bundle import Manifest, Parity
 
 
 def model_card(manifest: Manifest) -> str:
@@ -46,22 +46,44 @@ def _facts(manifest: Manifest) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items() if value is not None), ""]
 
 
+def cost(parity: Parity) -> str:
+    """Clean accuracy on the sample before and after, in percent; empty where the sample has no labels."""
+    if parity.accuracy is None:
+        return ""
+    before = 100 * parity.accuracy
+    return f"{before:.1f} -> {before - parity.cost_points:.1f} ± {parity.cost_error_points:.1f}"
+
+
 def _parity(manifest: Manifest) -> list[str]:
     batches = " and ".join(map(str, manifest.differentiable.batches))
-    return [
-        f"## Exported against eager, batches of {batches}",
+    lines = [
+        "## Exported against eager",
         "",
-        "| format | image features | text features | same best text |",
-        "|---|---|---|---|",
-        *(
-            f"| {name} | {entry.parity.image_difference:.1e} | {entry.parity.text_difference:.1e} "
-            f"| {entry.parity.top1_agreement:.0%} |"
-            for name, entry in manifest.formats.items()
-        ),
+        f"Largest difference of one component of a unit feature at batches of {batches}; the lowest cosine of image",
+        "features, the same best label, and clean accuracy (percent, original -> exported, ± one standard error of the",
+        "difference) on the images named.",
+        "",
+        "| format | image features | text features | cosine | same best label | clean accuracy | images |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, entry in manifest.formats.items():
+        found = entry.parity
+        lines.append(
+            f"| {name} | {found.image_difference:.1e} | {found.text_difference:.1e} | {found.cosine:.5f} "
+            f"| {found.top1_agreement:.1%} | {cost(found)} | {found.images} of {found.sample} |"
+        )
+    lines += [
         "",
         f"Input gradient, for probes: {manifest.differentiable.gradient_difference:.1e} of its length away from eager.",
         "",
     ]
+    if manifest.speeds:
+        lines += ["| timed | machine | batch | images a second |", "|---|---|---|---|"]
+        lines += [
+            f"| {one.format} | {one.machine} | {one.batch} | {one.images_per_second:.1f} |" for one in manifest.speeds
+        ]
+        lines.append("")
+    return lines
 
 
 def _recipe(manifest: Manifest) -> list[str]:

@@ -107,9 +107,17 @@ class _Transformer(nn.Module):
         mask = None if self.attn_mask is None else self.attn_mask[:length, :length]
         x = self.token_embedding(tokens) + self.positional_embedding[:length]
         x = self.ln_final(self.transformer(x, attn_mask=mask))
-        pooled: Tensor = text_global_pool(x, tokens, self.pool_type, eos_token_id=self.end_id)
+        pooled = self._pooled(x, tokens)
         if self.text_projection is None:
             return pooled
         if isinstance(self.text_projection, nn.Linear):
             return nn.functional.linear(pooled, self.text_projection.weight, self.text_projection.bias)
         return pooled @ self.text_projection
+
+    def _pooled(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """[N, L, D] -> [N, D], as open_clip pools, but without an arange: a traced one would name a device for good."""
+        if self.pool_type not in ("argmax", "eos"):
+            whole: Tensor = text_global_pool(x, tokens, self.pool_type)
+            return whole
+        end = tokens if self.pool_type == "argmax" else (tokens == self.end_id).int()
+        return x.gather(1, end.argmax(dim=-1)[:, None, None].expand(-1, 1, x.shape[2]))[:, 0]

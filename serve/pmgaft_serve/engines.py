@@ -1,26 +1,41 @@
-"""One bundle's two encoders, run by TorchScript or by ONNX Runtime.
+"""Which of a bundle's formats serves, and by what: TorchScript, ONNX Runtime or AOTInductor.
 
-Letters: B batch, H, W, N texts, L token positions, D features. A new engine is one function and one line in `ENGINES`.
+How one file is run stands in `pmgaft_export.runtime`; here a request's memory is guarded, and a choice is made.
+Letters: B batch, H, W, N texts, L token positions, D features.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pmgaft.device import pick_device
 from pmgaft.errors import BundleError, InputError, PmgaftError
-from pmgaft_export.bundle import Bundle, load_torchscript
+from pmgaft_export.bundle import Bundle, FormatEntry, Manifest
+from pmgaft_export.runtime import open_encoder, target
 
 Encode = Callable[[Tensor], Tensor]
 
-logger = logging.getLogger(__name__)
+AUTO = "auto"
+TENSORRT = "tensorrt"
+ENGINES = {"torchscript": ".pt", "onnxruntime": ".onnx", TENSORRT: ".onnx", "aotinductor": ".pt2"}
+"""Which files each engine runs. TensorRT is a part of ONNX Runtime, used only on request: it compiles for minutes."""
+
+CHOICES = (AUTO, *ENGINES, "torchscript-fp16", "onnx", "onnx-fp16", "onnx-int8", "pt2", "pt2-fp16")
+"""What may be asked for: auto, an engine, or a format."""
+
+PREFERENCES = {
+    "cpu": ("onnx", "torchscript", "pt2", "onnx-int8", "onnx-fp16", "torchscript-fp16", "pt2-fp16"),
+    "cuda": ("pt2-fp16", "torchscript-fp16", "torchscript", "pt2", "onnx-fp16", "onnx", "onnx-int8"),
+}
+"""What serves where nothing was measured. On a GPU, torch comes first: ONNX Runtime falls back to the CPU where it was
+built for other CUDA libraries than torch's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,17 +54,53 @@ class Engine:
 
 
 def open_engine(bundle: Bundle, choice: str, device: torch.device, threads: int) -> Engine:
-    """The engine called `choice`: "torchscript", "onnxruntime" or "auto" (ONNX Runtime on a CPU, TorchScript on a GPU).
+    """The engine that serves where `choice` was asked for, on this device.
 
-    threads: of one call, on a CPU.
-    Raises: InputError (engine_invalid) for another name; BundleError if the bundle lacks the engine's format.
+    choice: one of `CHOICES`; see `chosen_format`. threads: of one call, on a CPU.
+    Raises: InputError (engine_invalid) for another name; BundleError if the bundle holds nothing that runs here.
     """
-    if choice == "auto":
-        quick = device.type == "cpu" and "onnx" in bundle.manifest.formats
-        choice = "onnxruntime" if quick or "torchscript" not in bundle.manifest.formats else "torchscript"
-    if choice not in ENGINES:
-        raise InputError(f"engine must be auto, {' or '.join(ENGINES)}", field="engine", code="engine_invalid")
-    return ENGINES[choice](bundle, device, threads)
+    name = chosen_format(bundle.manifest, choice, device)
+    entry = bundle.manifest.formats[name]
+    path, compiled = bundle.path(entry.image), choice == TENSORRT
+    image = open_encoder(path, device, threads, precision=entry.precision, tensorrt=compiled)
+    if image.engine.endswith("-cpu") and device.type != "cpu" and entry.precision == "float16":
+        raise BundleError(f"{name} is for GPUs, and ONNX Runtime has no provider that is usable on this one")
+    text = open_encoder(bundle.path(entry.text), device, threads)
+    return Engine(name=image.engine, format=name, image=_guarded(image.run), text=_guarded(text.run))
+
+
+def chosen_format(manifest: Manifest, choice: str, device: torch.device) -> str:
+    """The format to serve: what `choice` names, or the best that it leaves open.
+
+    "auto" leaves open every format; an engine's name, those it runs. Of several the best is what was measured to be the
+    quickest on this kind of device, when the bundle was made, else the first in `PREFERENCES`. Compiled formats for
+    other machines are passed over.
+    Raises: InputError (engine_invalid) for a name that is none; BundleError if no format is left.
+    """
+    formats = manifest.formats
+    if choice not in CHOICES and choice not in formats:
+        raise InputError(f"engine must be one of {', '.join(CHOICES)}", field="engine", code="engine_invalid")
+    if choice == AUTO:
+        fitting = list(formats)
+    elif choice in ENGINES:
+        fitting = [name for name, entry in formats.items() if Path(entry.image).suffix == ENGINES[choice]]
+    else:
+        fitting = [name for name in formats if name == choice]
+    if not fitting:
+        raise BundleError(f"the bundle {manifest.name} has nothing for {choice}: it holds {', '.join(formats)}")
+    here = [name for name in fitting if runs_on(formats[name], device)]
+    if not here:
+        compiled_for = formats[fitting[0]].target
+        message = f"{fitting[0]} was compiled for {compiled_for}, and this is {target(device)}: export it here"
+        raise BundleError(message, field="engine")
+    kind: Literal["cpu", "cuda"] = "cuda" if device.type == "cuda" else "cpu"
+    best = [manifest.quickest[kind]] if kind in manifest.quickest else []
+    return next(name for name in [*best, *PREFERENCES[kind], *here] if name in here)
+
+
+def runs_on(entry: FormatEntry, device: torch.device) -> bool:
+    """Whether a format is for every machine, or was compiled for this one."""
+    return entry.target is None or entry.target == target(device)
 
 
 def worker_device(setting: str, gpu_id: int | None) -> torch.device:
@@ -97,71 +148,9 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(sign in said for sign in signs)
 
 
-def torchscript(bundle: Bundle, device: torch.device, threads: int) -> Engine:
-    """By torch, without gradients. Its threads are those of the calling thread."""
+def _guarded(encode: Encode) -> Encode:
+    def run(values: Tensor) -> Tensor:
+        with guarded_memory():
+            return encode(values)
 
-    def load(path: Path) -> Encode:
-        encode = load_torchscript(path, device)
-
-        def run(values: Tensor) -> Tensor:
-            with guarded_memory(), torch.no_grad():  # not inference mode: probes differentiate by text features
-                return encode(values.to(device)).float().cpu()
-
-        return run
-
-    entry = _entry(bundle, "torchscript")
-    return Engine(name=f"torchscript-{device.type}", format="torchscript", image=load(entry[0]), text=load(entry[1]))
-
-
-def onnxruntime(bundle: Bundle, device: torch.device, threads: int) -> Engine:
-    """By ONNX Runtime: on the GPU if its CUDA provider starts there, else on the CPU; the name says which it became."""
-    import onnxruntime as ort
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    entry = _entry(bundle, "onnx")
-    providers = onnx_providers(device, ort.get_available_providers())
-
-    def load(path: Path) -> ort.InferenceSession:
-        try:
-            return ort.InferenceSession(path, options, providers=providers)
-        except Exception as error:
-            if len(providers) == 1:
-                raise
-            logger.warning("ONNX Runtime cannot use the GPU: %s", type(error).__name__)
-            return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    def encoder(session: ort.InferenceSession) -> Encode:
-        def run(values: Tensor) -> Tensor:
-            with guarded_memory():
-                return torch.from_numpy(session.run(["features"], {"input": values.numpy()})[0])
-
-        return run
-
-    image, text = load(entry[0]), load(entry[1])
-    kind = "cuda" if image.get_providers()[0].startswith("CUDA") else "cpu"
-    if kind != device.type:
-        logger.warning("ONNX Runtime runs on the CPU: its CUDA provider is not usable here")
-    return Engine(name=f"onnxruntime-{kind}", format="onnx", image=encoder(image), text=encoder(text))
-
-
-def onnx_providers(device: torch.device, available: list[str]) -> list[str | tuple[str, dict[str, int]]]:
-    """ONNX Runtime's providers to ask for, best first; the CPU is always the last."""
-    if device.type == "cuda" and "CUDAExecutionProvider" in available:
-        return [("CUDAExecutionProvider", {"device_id": device.index or 0}), "CPUExecutionProvider"]
-    return ["CPUExecutionProvider"]
-
-
-ENGINES: dict[str, Callable[[Bundle, torch.device, int], Engine]] = {
-    "torchscript": torchscript,
-    "onnxruntime": onnxruntime,
-}
-
-
-def _entry(bundle: Bundle, name: str) -> tuple[Path, Path]:
-    formats = bundle.manifest.formats
-    if name not in formats:
-        raise BundleError(f"bundle {bundle.directory} has no {name} encoders, only {', '.join(formats)}")
-    return bundle.path(formats[name].image), bundle.path(formats[name].text)
+    return run
