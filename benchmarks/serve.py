@@ -1,6 +1,7 @@
 """How fast `pmgaft serve` answers, against the encoder by itself and against two other ways of serving a CLIP.
 
 python benchmarks/serve.py [--quick] [--part NAME ...] [--parity-data DATASET]
+python benchmarks/serve.py --table      # only writes docs/serving.md's tables anew, from results/serve.json
 
 Parts, in this order: `ceiling` (the encoders in this process, and `pmgaft serve` over HTTP beside them), `labels` (10
 and 1,000 known labels), `photos` (JPEGs of 500 x 375 and 4000 x 3000), `peers` (LitServe twice and a plain TorchServe
@@ -10,7 +11,7 @@ decoded), `memory`.
 Everything that is compared is measured in turn within each round, and what counts is the median over rounds of ratios
 inside a round: on a machine that others use too, the rest is noise. The load generator shares the machine with the
 server. Writes results/serve.json (with --quick, only prints): every report, the machine, and the figures, which also go
-into results/summary.json.
+into results/summary.json and, as tables, docs/serving.md.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ from pmgaft_serve.torchserve import ServeOptions, Server, free_ports, serving
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+GUIDE = HERE.parent / "docs" / "serving.md"
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 CPU = torch.device("cpu")
 LABELS = [f"thing {number}" for number in range(1000)]
 CONCURRENCY = (1, 8, 32)
@@ -485,8 +488,12 @@ PARTS = ("ceiling", "labels", "photos", "peers", "cold", "draft", "memory")
 @click.option("--quick", is_flag=True, help="A smoke test: mini alone, a second each, nothing written.")
 @click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), default=PARTS, help="[default: all]")
 @click.option("--parity-data", help="Labelled pictures on which int8's cost is measured, as for `pmgaft export`.")
+@click.option("--table", "only_table", is_flag=True, help="Measure nothing; write the tables of docs/serving.md.")
 @click.option("--output", default=RESULTS / "serve.json", type=click.Path(path_type=Path))
-def main(quick: bool, parts: tuple[str, ...], parity_data: str | None, output: Path) -> None:
+def main(quick: bool, parts: tuple[str, ...], parity_data: str | None, only_table: bool, output: Path) -> None:
+    if only_table:
+        write_tables(json.loads(output.read_text()))
+        return
     effort, results, before = QUICK if quick else FULL, Results(), machine()
     with tempfile.TemporaryDirectory(prefix="pmgaft-bench-") as directory:
         scratch = Path(directory)
@@ -531,7 +538,59 @@ def write(output: Path, results: Results, before: dict[str, Any], effort: Effort
     figures = json.loads(summary.read_text()) if summary.exists() else {}
     figures |= results.figures
     summary.write_text(json.dumps(dict(sorted(figures.items())), indent=2) + "\n")
+    write_tables(content)
     print(f"wrote {output}")
+
+
+def write_tables(content: Mapping[str, Any]) -> None:
+    """The part between the markers of docs/serving.md."""
+    text = GUIDE.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    GUIDE.write_text(f"{before}{BEGIN}\n{tables(content)}\n{END}{after}")
+
+
+def tables(content: Mapping[str, Any]) -> str:
+    """Markdown: medians over rounds."""
+    figures, where = content["figures"], content["machine"]
+    versions = ", ".join(f"{name} {one}" for name, one in where["versions"].items())
+    parts = [
+        f"{where['processor']}, {where['cores']} cores, {where['memory_gb']} GB; {versions}. Load average at the start: "
+        f"{where['load_average'][0]:.1f}."
+    ]
+    rows = [
+        (
+            name,
+            f"{figures[f'ceiling.images_per_second.{name}']:.1f}",
+            f"{figures[f'serve.requests_per_second.{name}_c32']:.1f}",
+            f"{figures[f'serve.http_over_ceiling.{name}_c32']:.0%}",
+            f"{figures[f'serve.lone_request_added_ms.{name}']:.1f}",
+        )
+        for name in sorted(name.rpartition(".")[2] for name in figures if name.startswith("ceiling."))
+    ]
+    heads = ("model and engine", "encoder alone, images/s", "HTTP at 32, requests/s", "share", "lone request adds, ms")
+    parts.append(markdown(heads, rows))
+    for part, keys in {"labels": ("model", "labels"), "photos": ("model", "jpeg"), "peers": ("server",)}.items():
+        reports = [report for report in content["reports"] if report["part"] == part]
+        groups = dict.fromkeys(tuple(report[key] for key in (*keys, "concurrency")) for report in reports)
+        rows = []
+        for group in groups:
+            mine = [one for one in reports if tuple(one[key] for key in (*keys, "concurrency")) == group]
+            figures_of = [median([one["throughput"] for one in mine])]
+            figures_of += [median([one["latency_ms"][name] for one in mine]) for name in ("p50", "p95", "p99")]
+            rows.append((*map(str, group), *(f"{value:.1f}" for value in figures_of)))
+        parts.append(markdown((*keys, "at once", "requests/s", "p50 ms", "p95 ms", "p99 ms"), rows))
+    named = {name: value for name, value in figures.items() if name.count(".") == 1 and not name.startswith("ceiling")}
+    parts.append(markdown(("figure", ""), [(f"`{name}`", f"{value:g}") for name, value in named.items()]))
+    return "\n\n".join(part for part in parts if part)
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; nothing where there are no rows."""
+    if not rows:
+        return ""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 if __name__ == "__main__":

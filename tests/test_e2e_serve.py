@@ -299,6 +299,7 @@ class Command:
         command = [sys.executable, "-m", "pmgaft", "serve", str(bundle), *options]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.lines: list[dict[str, Any]] = []
+        self.told = ""
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
         wait_for(lambda: self._ready() is not None or self.process.poll() is not None, 400)
@@ -323,11 +324,16 @@ class Command:
         return httpx.get(self.ready["metrics"] + path, trust_env=False, timeout=10)
 
     def end(self) -> str:
-        """What it said on stderr."""
-        told = self.process.stderr.read() if self.process.stderr else ""
+        """What it said on stderr, once it has ended."""
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        if not self.process.stderr.closed:
+            self.told = self.process.stderr.read()
         self.process.wait(timeout=60)
         self._reader.join(timeout=60)
-        return told
+        self.process.stdout.close()
+        self.process.stderr.close()
+        return self.told
 
 
 def test_the_command_serves_beside_it_with_two_workers_and_loses_nothing_when_it_is_stopped_under_load(

@@ -158,13 +158,14 @@ def test_whatever_bytes_a_field_of_a_form_holds_the_answer_is_a_known_code(value
 
 def test_every_code_raised_for_a_request_has_a_status() -> None:
     root = Path(protocol.__file__).parents[2]
-    sources = [root / "pmgaft" / name for name in ("threat.py", "clip/text.py", "clip/preprocess.py", "probe.py")]
-    sources += (root / "pmgaft" / "attacks").glob("*.py")
+    sources = [root / "pmgaft" / name for name in ("threat.py", "clip/text.py", "clip/preprocess.py")]
+    sources += [*(root / "pmgaft" / "attacks").glob("*.py"), *(root / "pmgaft" / "probe").glob("*.py")]
     text = "".join(source.read_text() for source in sources)
     raised = set(re.findall(r'code="(\w+)"', text)) | set(re.findall(r'_(?:labels|image)_error\(\s*"(\w+)"', text))
     assert len(raised) > 15
-    # no request can ask for a grid, send pixels, or choose an attack
+    # no request can ask for a grid, send pixels, choose the attack, its losses and targets, or ask for a certificate
     only_elsewhere = {"grid_invalid", "pixels_invalid", "attack_unavailable", "extra_missing"}
+    only_elsewhere |= {f"{name}_invalid" for name in ("groups", "loss", "target", "resolution", "sigma", "draws")}
     assert raised - only_elsewhere <= set(STATUS)
 
 

@@ -94,6 +94,19 @@ def test_every_limit_can_be_set_and_its_default_stands_in_the_help(serve: Serve)
     assert serve().settings.limits == Limits()
 
 
+def test_the_operators_guide_names_every_option_and_every_limit_with_its_default() -> None:
+    guide = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
+    limits = [one for one in fields(Limits) if one.name not in ("image", "steps", "restarts")]
+    for name, default in [(one.name, one.default) for one in limits] + [
+        (f"image_{one.name}", one.default) for one in fields(ImageLimits)
+    ]:
+        assert f"| `{name}` | {default} |" in guide
+    assert f"| `steps`, `restarts` | {Limits().steps}, {Limits().restarts} |" in guide
+    told = CliRunner().invoke(main, ["serve", "--help"]).stdout
+    options = set(re.findall(r"^  (--[a-z-]+)", told, re.MULTILINE)) - {"--help"}
+    assert [option for option in sorted(options) if option not in guide] == []
+
+
 @pytest.mark.parametrize("text", ["labels", "labels=", "labels=0", "labels=-1", "labels=many", "label=3", "image=3"])
 def test_a_limit_that_is_none_is_refused_with_all_names(asked: list[ServeOptions], text: str) -> None:
     result = invoke("--limit", text)

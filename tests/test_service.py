@@ -566,12 +566,18 @@ def report(clean: int = 0, adversarial: int = 1, verdict: str = "broken") -> Pro
         adversarial_index=adversarial,
         probabilities_before=[0.6, 0.4],
         probabilities_after=[0.4, 0.6],
+        margin_before=0.4,
+        margin_after=-0.4,
         distance=1 / 255,
         gradients=20,
         forwards=22,
         seconds=0.1,
         zero_gradient_share=0.0,
+        curves=(),
         adversarial_pixels=torch.zeros(3, 8, 8),
+        min_eps=None,
+        targets=(),
+        health=(),
     )
 
 

@@ -36,7 +36,7 @@ from torch import Tensor
 from pmgaft import __version__
 from pmgaft.clip.lint import lint, wording_distance
 from pmgaft.clip.preprocess import PreprocessSpec, read_pixels
-from pmgaft.clip.text import DEFAULT_TEMPLATES, TextEncoder
+from pmgaft.clip.text import TextEncoder
 from pmgaft.errors import InputError, PmgaftError
 from pmgaft.probe import ProbeReport, ProbeSettings, probe
 from pmgaft.threat import ThreatModel, format_eps
@@ -55,6 +55,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 WARM_UP_SECONDS = 2.0  # for ever larger batches, the first of each size being slow
+_WARM_UP_LABELS = LabelSet(name="", labels=("a", "b"))
 NOTE = "probabilities are over the request's labels alone"
 NOTE_ONE_LABEL = "with a single label the probability is always 1; send several labels to compare"
 
@@ -270,7 +271,7 @@ class Service:
 
         Not to be called on a running event loop.
         """
-        self._texts.warm_up(list(self._sets.values()), self._warm)
+        self._texts.warm_up(list(self._sets.values()), [*self._warm, _WARM_UP_LABELS])
         asyncio.run(self._warm_up())
 
     async def _warm_up(self) -> None:
@@ -279,15 +280,14 @@ class Service:
         for size in (1, 1, *(2**power for power in range(self.settings.batch.bit_length()))):
             if time.monotonic() < start + WARM_UP_SECONDS:
                 await self._in(self._image_thread, self.model.image, torch.zeros(size, 3, height, width))
-        content = io.BytesIO()
-        Image.new("RGB", (4 * width, 4 * height)).save(content, "JPEG")
-        fields = {"image": content.getvalue(), "labels": b"warm,up"}
+        large = _jpeg(4 * width, 4 * height)  # that is scaled while it is decoded
+        everyone = (self._in(self._decoders, read_pixels, large, self.model.preprocess) for _ in range(32))
+        pixels = await asyncio.gather(*everyone)
+        fields = {"image": _jpeg(8, 8), "labels": _WARM_UP_LABELS.labels[0].encode()}
         for _ in range(2):
             await self._serve(_Job(Incoming(fields=fields, content_type="multipart/form-data")))
-        everyone = (self._in(self._decoders, self._pixels, content.getvalue()) for _ in range(self.settings.decoders))
-        pixels = await asyncio.gather(*everyone)
         if self.settings.probes:
-            text = await self._texts.features(("warm", "up"), DEFAULT_TEMPLATES)
+            text = await self._texts.features(_WARM_UP_LABELS.labels, _WARM_UP_LABELS.templates)
             settings = ProbeSettings(threat=ThreatModel(eps=1 / 255), steps=2)
             await self._in(self._probes, self._attack, [pixels[0]], text, settings)
 
@@ -581,10 +581,10 @@ def probe_answer(
         statement=_statement(verdict, reason, report, clean, served),
         threat_model=settings.threat.to_json(),
         attack={
-            "name": "pgd",
+            "name": settings.used_algorithm,
             "steps": settings.steps,
             "restarts": settings.restarts,
-            "step_size": format_eps(settings.budget().step_for(settings.threat.eps)),
+            "step_size": format_eps(settings.used_step_size),
             "seed": settings.seed,
         },
         clean=Adversarial(label=clean.label, probability=clean.probability),
@@ -612,6 +612,12 @@ def _result(answer: list[Prediction] | PmgaftError, request: Request) -> Result:
     if isinstance(answer, PmgaftError):
         return Result(error=protocol.error_body(answer))
     return Result.model_construct(predictions=answer)
+
+
+def _jpeg(width: int, height: int) -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (width, height)).save(content, "JPEG")
+    return content.getvalue()
 
 
 async def _all(work: Sequence[Coroutine[Any, Any, T] | asyncio.Future[T]]) -> list[T]:
