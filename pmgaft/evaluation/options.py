@@ -141,9 +141,9 @@ def show(result: Mapping[str, Any], output: Path) -> None:
     from pmgaft import console
     from pmgaft.evaluation.report import accuracy_table, attacks_table, checks_table
 
-    console.print_table(*accuracy_table(result))
+    console.print_table(*accuracy_table(result), title="clean, and robust at each eps")
     if len(result["protocol"]["attacks"]) > 1:
-        console.print_table(*attacks_table(result))
+        console.print_table(*attacks_table(result), title="what each attack leaves")
     console.print_table(*checks_table(result))
     for entry in result["sets"]:
         for group in entry["merged_classes"]:

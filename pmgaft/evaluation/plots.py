@@ -85,8 +85,7 @@ def plot_comparison(methods: Mapping[str, Sequence[Mapping[str, Any]]], path: Pa
         for place, axis in enumerate(axes):
             if place not in used:
                 axis.set_visible(False)
-        handles, labels = axes[0].get_legend_handles_labels()
-        axes[0].figure.legend(handles, labels, loc="outside lower left", ncols=min(5, len(labels)))
+        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=5)
 
 
 def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
@@ -115,8 +114,7 @@ def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> 
             axis.ticklabel_format(axis="y", scilimits=(-3, 4))
         for axis in axes[len(shown) :]:
             axis.set_visible(False)
-        handles, labels = axes[0].get_legend_handles_labels()
-        axes[0].figure.legend(handles, labels, loc="outside lower left", ncols=min(4, len(labels)))
+        axes[0].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=4)
 
 
 def plot_slider(points: Sequence[tuple[float, Mapping[str, Any]]], names: tuple[str, str], path: Path) -> None:
@@ -185,6 +183,7 @@ def _per_set(axis: Any, sets: Sequence[Mapping[str, Any]], radii: Sequence[str])
             elinewidth=1,
             color="#000000" if eps is None else _colour(place - 1),
             label=label,
+            clip_on=False,
         )
     axis.set_yticks(range(len(sets)), [_marked(entry) for entry in sets])
     axis.set_ylim(len(sets) - 0.5, -0.5)
@@ -192,7 +191,7 @@ def _per_set(axis: Any, sets: Sequence[Mapping[str, Any]], radii: Sequence[str])
     axis.grid(visible=False, axis="y")
     axis.set_xlabel("accuracy, % of all images (Wilson intervals of 95 %)")
     axis.set_title("Clean and robust accuracy")
-    axis.legend(loc="best", fontsize=8)
+    axis.figure.legend(*axis.get_legend_handles_labels(), loc="outside lower left", ncols=len(kinds))
 
 
 def _against_eps(axis: Any, curves: Mapping[str, Sequence[_Point]], result: Mapping[str, Any]) -> None:
@@ -200,6 +199,7 @@ def _against_eps(axis: Any, curves: Mapping[str, Sequence[_Point]], result: Mapp
     for place, (name, curve) in enumerate(curves.items()):
         radii, values, spread = zip(*curve, strict=True)
         style = {"color": _colour(place), "marker": _MARKERS[place % len(_MARKERS)], "markersize": 4, "linewidth": 1.3}
+        style["clip_on"] = False  # a marker on an axis is a marker
         shown = [255 * eps if grey else eps for eps in radii]
         axis.errorbar(shown, values, yerr=spread if any(spread) else None, capsize=2, label=name, **style)
     axis.set_xlabel("eps, grey levels of 255" if grey else "eps (l2, pixel units)")
@@ -217,6 +217,7 @@ def _clean_against_robust(
         clean = [_accuracy(result, name, None) for result in results]
         robust = [_accuracy(result, name, eps) for result in results]
         style = {"color": _colour(place), "fmt": _MARKERS[place % len(_MARKERS)], "markersize": 6, "capsize": 2}
+        style["clip_on"] = False
         axis.errorbar(mean(clean), mean(robust), xerr=_spread(clean), yerr=_spread(robust), label=method, **style)
     axis.set_xlabel("clean, %")
     axis.set_ylabel(f"robust at {eps}, %")
