@@ -43,7 +43,7 @@ ENGINES = (
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option(
     "--engine", default="auto", show_default=True, type=click.Choice(ENGINES), metavar="NAME",
-    help="auto, an engine (torchscript, onnxruntime, tensorrt, aotinductor), or a format of the bundle (onnx-int8 ...).",
+    help="auto, an engine (torchscript, onnxruntime, tensorrt, aotinductor), or a format of the bundle (onnx-int8 ..).",
 )  # fmt: skip
 @click.option("--token", envvar="PMGAFT_TOKEN", help="Ask clients for this token; better given as PMGAFT_TOKEN.")
 @click.option("--probes", default=1, show_default=True, type=click.IntRange(0, 64), help="Probes at once; 0: none.")
