@@ -226,7 +226,7 @@ def test_half_precision_halves_the_file_and_keeps_the_features(tiny_vit_clip: Cl
 
 
 def test_half_precision_leaves_the_original_as_it_was(encoders: Encoders) -> None:
-    halved = half(encoders.image).module
+    halved = half(encoders.image, CPU).module
     assert {value.dtype for value in halved.parameters()} == {torch.float16}
     assert {value.dtype for value in encoders.image.module.parameters()} == {torch.float32}
 

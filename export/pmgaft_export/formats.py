@@ -160,10 +160,10 @@ class HalfEncoder(nn.Module):
         return nn.functional.normalize(raw.float(), dim=-1)
 
 
-def half(encoder: Encoder) -> Encoder:
-    """The same image encoder in float16."""
+def half(encoder: Encoder, device: torch.device) -> Encoder:
+    """The same image encoder in float16, on `device`: a GPU traces it in a moment, a CPU slowly."""
     assert isinstance(encoder.module, PixelEncoder)
-    return replace(encoder, module=HalfEncoder(encoder.module))
+    return replace(encoder, module=HalfEncoder(encoder.module).to(device), example=encoder.example.to(device))
 
 
 FORMATS: dict[str, Format] = {
@@ -175,7 +175,7 @@ FORMATS: dict[str, Format] = {
         text="torchscript",
         precision="float16",
         gpu=True,
-        write=lambda encoder, path, _: write_torchscript(half(encoder), path),
+        write=lambda encoder, path, tools: write_torchscript(half(encoder, tools.device), path),
     ),
     "onnx": Format(suffix=".onnx", text="onnx", write=lambda encoder, path, _: write_onnx(encoder, path)),
     "onnx-fp16": Format(
@@ -183,7 +183,7 @@ FORMATS: dict[str, Format] = {
         text="onnx",
         precision="float16",
         gpu=True,
-        write=lambda encoder, path, _: write_onnx(half(encoder), path),
+        write=lambda encoder, path, tools: write_onnx(half(encoder, tools.device), path),
     ),
     "onnx-int8": Format(suffix=".onnx", text="onnx", precision="int8", write=write_int8),
     "pt2": Format(suffix=".pt2", text="torchscript", compiled=True, write=write_pt2),
@@ -193,6 +193,6 @@ FORMATS: dict[str, Format] = {
         precision="float16",
         gpu=True,
         compiled=True,
-        write=lambda encoder, path, tools: write_pt2(half(encoder), path, tools),
+        write=lambda encoder, path, tools: write_pt2(half(encoder, tools.device), path, tools),
     ),
 }
