@@ -95,7 +95,7 @@ class Results:
 
     def figure(self, name: str, value: float) -> None:
         """Keep one figure."""
-        self.figures[name] = round(value, 4)
+        self.figures[name] = float(f"{value:.5g}")
         print(f"{name:<50} {value:.4g}", flush=True)
 
 
@@ -554,11 +554,9 @@ def tables(content: Mapping[str, Any]) -> str:
     """Markdown: medians over rounds."""
     figures, where = content["figures"], content["machine"]
     versions = ", ".join(f"{name} {one}" for name, one in where["versions"].items())
-    parts = [
-        f"{where['processor']}, {where['cores']} cores, {where['memory_gb']} GB; {versions}. Load average at the start: "
-        f"{where['load_average'][0]:.1f}."
-    ]
-    rows = [
+    about = f"{where['processor']}, {where['cores']} cores, {where['memory_gb']} GB; {versions}"
+    parts = [f"{about}. Load average at the start: {where['load_average'][0]:.1f}."]
+    rows: list[tuple[str, ...]] = [
         (
             name,
             f"{figures[f'ceiling.images_per_second.{name}']:.1f}",
