@@ -53,7 +53,7 @@ class Counted(nn.Module):
         self.forwards += len(x)
         logits: Tensor = self.scale * self.encode(x) @ self.texts.T
         if logits.requires_grad:
-            logits.register_hook(lambda gradient: self._count(len(x)))
+            logits.register_hook(lambda gradient: self._count(len(x)))  # type: ignore[no-untyped-call]
         return logits
 
     def _count(self, images: int) -> None:
@@ -73,7 +73,7 @@ def foolbox_peer(name: str) -> Callable[[Counted, Tensor, Tensor, Norm], Tensor]
         import foolbox
 
         attack = getattr(foolbox.attacks, name)()
-        _, found, _ = attack(foolbox.PyTorchModel(model, bounds=(0, 1)), pixels, answers, epsilons=None)
+        _, found, _ = attack(foolbox.models.PyTorchModel(model, bounds=(0, 1)), pixels, answers, epsilons=None)
         return found  # type: ignore[no-any-return]
 
     return run

@@ -255,7 +255,7 @@ class _Search:
     def _gradient(
         self, gaps: Tensor, x: Tensor, index: Tensor, staying: Tensor, *, again: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """[n, 3, H, W] of the margins, and its dual norm [n]; zero where it is not finite. again: others will follow."""
+        """[n, 3, H, W] of the margins, and its dual norm [n]; 0 where it is not finite. again: others will follow."""
         (gradient,) = torch.autograd.grad(gaps.sum(), x, retain_graph=again)
         finite = torch.linalg.vector_norm(gradient, ord=torch.inf, dim=(1, 2, 3)).isfinite()
         stays = index[staying]

@@ -71,8 +71,9 @@ class ProbeReport:
     clean_index, adversarial_index: positions in the image's label list of the model's answers to the image and to the
     strongest image found. probabilities_before, probabilities_after: over that list, to the same two images.
     margin_before, margin_after: logit of the clean answer (its group's largest) minus the largest of all other answers.
-    distance: of the strongest image from the original, in the threat's norm, pixel units. gradients, forwards: spent on
-    everything. seconds: of the whole batch. zero_gradient_share: in [0, 1], of the attack's gradient entries.
+    distance: of the strongest image from the original, in the threat's norm, pixel units. attack_gradients: spent on
+    the verdict; gradients, forwards: on everything. seconds: of the whole batch. zero_gradient_share: in [0, 1], of the
+    gradient entries of the verdict's attack. curves: its losses.
     adversarial_pixels: float32 [3, H, W], if broken. min_eps, targets, health: if asked for.
     """
 
@@ -86,6 +87,7 @@ class ProbeReport:
     margin_before: float
     margin_after: float
     distance: float
+    attack_gradients: int
     gradients: int
     forwards: int
     seconds: float

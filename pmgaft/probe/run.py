@@ -201,6 +201,7 @@ class _Work:
             margin_before=margins[0],
             margin_after=margins[1],
             distance=distance,
+            attack_gradients=int(self.found.gradients_used[row]),
             gradients=int(self.gradients[row]),
             forwards=int(self.forwards[row]),
             seconds=seconds,
