@@ -137,11 +137,13 @@ def plot_slider(points: Sequence[tuple[float, Mapping[str, Any]]], names: tuple[
         axes[0].set_xlabel(f"weight of {names[1]} (0 is {names[0]})")
         axes[0].set_ylabel("accuracy, %")
         axes[0].set_ylim(bottom=0)
+        axes[0].set_xticks(weights)
         axes[0].set_title("Over the weight")
         axes[0].legend()
         if radii:
             axes[1].set_xlabel("clean accuracy, %")
             axes[1].set_ylabel("robust accuracy, %")
+            axes[1].margins(0.12)
             axes[1].set_title("Robust against clean")
             axes[1].legend()
 
