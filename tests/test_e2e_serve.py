@@ -73,7 +73,7 @@ def running(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         environment.setenv("PYTHONPATH", str(traps), prepend=os.pathsep)
         pets = LabelSet(name="pets", labels=("cat", "dog", "bird"))
         options = ServeOptions(bundle=bundle, port=0, start_seconds=400, sets=(pets,))
-        with serving(options) as server, httpx.Client(trust_env=False, timeout=60) as http:
+        with serving(options) as server, httpx.Client(trust_env=False, timeout=300) as http:
             yield Running(server, http, traps)
 
 
