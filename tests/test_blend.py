@@ -32,6 +32,9 @@ def other_weights(model: Any) -> None:
     generator = torch.Generator().manual_seed(7)
     for parameter in model.visual.parameters():
         parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    for name, buffer in model.visual.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            buffer.add_(8)
 
 
 @pytest.fixture(scope="module")
