@@ -50,7 +50,8 @@ def second(second_dir: Path) -> Clip:
 def test_weight_zero_is_the_first_and_weight_one_the_second_exactly(tiny_clip: Clip, second: Clip) -> None:
     before = tensors_hash(tiny_clip.image)
     assert tensors_hash(blended(tiny_clip, second, 0.0).image) == before
-    assert tensors_hash(blended(tiny_clip, second, 1.0).image) == tensors_hash(second.image) != before
+    last, other = blended(tiny_clip, second, 1.0).image.tower.state_dict(), second.image.tower.state_dict()
+    assert all(torch.equal(last[name], tensor) for name, tensor in other.items() if tensor.is_floating_point())
     assert tensors_hash(tiny_clip.image) == before
 
 
