@@ -496,6 +496,21 @@ def test_a_probe_that_finds_nothing_claims_no_more_than_that(bench: Bench) -> No
         assert word not in json.dumps(probe)
 
 
+def test_a_probe_searches_the_smallest_eps_and_heeds_target_and_norm(bench: Bench) -> None:
+    nearly_green = colour_png((120, 118, 30))
+    asked = {"eps": "4/255", "target": "green", "min_eps": True}
+    probe = content(ask(bench, nearly_green, "red,green,blue", probe=json.dumps(asked)))["probe"]
+    assert probe["verdict"] == "broken"
+    assert probe["min_eps"]["label"] == "green"
+    assert 0 < probe["min_eps"]["eps_value"] <= 4 / 255
+    assert probe["gradients"] > probe["min_eps"]["gradients"]
+    away = content(ask(bench, nearly_green, "red,green,blue", probe='{"eps": "4/255", "target": "blue"}'))["probe"]
+    assert away["verdict"] == "not_broken"
+    wide = content(ask(bench, nearly_green, "red,green", probe=json.dumps({"eps": 2, "norm": "l2"})))["probe"]
+    assert (wide["verdict"], wide["threat_model"]["norm"]) == ("broken", "l2")
+    assert "min_eps" not in wide
+
+
 def test_each_of_several_images_gets_its_own_probe(bench: Bench) -> None:
     fields = {
         "image.0": colour_png((120, 118, 30)),

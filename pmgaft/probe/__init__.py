@@ -9,7 +9,7 @@ from pmgaft.probe.health import ZERO_GRADIENT_LIMIT
 from pmgaft.probe.minimum import Nearest, nearest_adversarial
 from pmgaft.probe.report import Check, Curve, MinEps, ProbeReport, TargetEps, Verdict
 from pmgaft.probe.run import probe
-from pmgaft.probe.settings import ProbeSettings
+from pmgaft.probe.settings import ProbeSettings, eps_text
 from pmgaft.probe.survival import Survival, survivals, surviving_pixels
 from pmgaft.probe.wording import Wordings, wordings
 
@@ -28,6 +28,7 @@ __all__ = [
     "Verdict",
     "Wordings",
     "certify",
+    "eps_text",
     "nearest_adversarial",
     "noisy_features",
     "probe",

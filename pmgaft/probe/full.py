@@ -24,6 +24,7 @@ from pmgaft.probe.settings import ProbeSettings, eps_text
 from pmgaft.probe.surface import Groups, leads_of
 from pmgaft.probe.survival import difference_picture, picture_of, survivals, surviving_pixels
 from pmgaft.probe.wording import Wording, wordings
+from pmgaft.threat import Norm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +68,7 @@ def full_report(model: Model, image: bytes, question: Question, device: torch.de
     pixels = read_pixels(image, model.preprocess).to(device)
     texts = label_features(model.text, question.labels, question.templates).to(device)
     (report,) = probe(model.encode, model.logit_scale, pixels[None], [texts], [question.settings])
+    norm = question.settings.threat.norm
     parts = _Parts(model, pixels, texts, report, question)
     document = {
         "verdict": report.verdict,
@@ -80,21 +82,21 @@ def full_report(model: Model, image: bytes, question: Question, device: torch.de
             "templates": list(question.templates) if len(question.templates) <= 3 else len(question.templates),
             "sha256": _hash([question.labels, question.templates]),
         },
-        "min_eps": _min_eps(report.min_eps, question.labels),
+        "min_eps": _min_eps(report.min_eps, question.labels, norm),
         "targets": [
             {
                 "label": question.labels[line.index],
-                "eps": _eps(line.eps),
+                "eps": _eps(line.eps, norm),
                 "eps_value": line.eps,
                 "failed_eps_value": line.failed_eps,
-                "first_order": _eps(line.first_order),
+                "first_order": _eps(line.first_order, norm),
                 "gradients": line.gradients,
             }
             for line in report.targets
         ],
         "clean": _answer(report.clean_index, report.probabilities_before, report.margin_before, question),
         "adversarial": _answer(report.adversarial_index, report.probabilities_after, report.margin_after, question)
-        | {"distance": eps_text(report.distance), "distance_value": report.distance}
+        | {"distance": eps_text(report.distance, norm), "distance_value": report.distance}
         if report.verdict == "broken"
         else None,
         "health": [
@@ -254,18 +256,18 @@ def _certificate(found: Certificate, labels: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _min_eps(found: MinEps | None, labels: Sequence[str]) -> dict[str, Any] | None:
+def _min_eps(found: MinEps | None, labels: Sequence[str], norm: Norm) -> dict[str, Any] | None:
     if found is None:
         return None
     return {
-        "eps": _eps(found.eps),
+        "eps": _eps(found.eps, norm),
         "eps_value": found.eps,
         "label": None if found.index is None else labels[found.index],
-        "failed_eps": eps_text(found.failed_eps),
+        "failed_eps": eps_text(found.failed_eps, norm),
         "failed_eps_value": found.failed_eps,
         "resolution": found.resolution,
         "finished": found.finished,
-        "first_order": _eps(found.first_order),
+        "first_order": _eps(found.first_order, norm),
         "first_order_value": found.first_order,
         "gradients": found.gradients,
     }
@@ -281,8 +283,8 @@ def _answer(index: int, probabilities: Sequence[float], margin: float, question:
     }
 
 
-def _eps(value: float | None) -> str | None:
-    return None if value is None else eps_text(value)
+def _eps(value: float | None, norm: Norm) -> str | None:
+    return None if value is None else eps_text(value, norm)
 
 
 def _hash(content: object) -> str:

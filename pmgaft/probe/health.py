@@ -17,7 +17,7 @@ from pmgaft.attacks import Adversarial, Budget
 from pmgaft.probe.attack import Batch, climb
 from pmgaft.probe.report import Check, Curve
 from pmgaft.probe.settings import ProbeSettings, eps_text
-from pmgaft.threat import ThreatModel
+from pmgaft.threat import Norm, ThreatModel
 
 ZERO_GRADIENT_LIMIT = 0.01
 """Mean share of exactly zero gradient entries above which an attack that found nothing proves nothing."""
@@ -134,7 +134,7 @@ def checks(
             said=f"in a ball of radius 0 logits move by {float(extra.zero[place]):.1e}",
             figures={"logit_change": float(extra.zero[place]), "limit": _SAME},
         ),
-        _monotone(tried),
+        _monotone(tried, settings.threat.norm),
         _huge(extra.tried[place][-1], extra.broke[place][-1]),
         _square(extra.square[place], settings.square_queries),
     )
@@ -161,10 +161,10 @@ def _rising(curves: Sequence[Curve]) -> Check:
     )
 
 
-def _monotone(tried: Sequence[tuple[float, bool]]) -> Check:
+def _monotone(tried: Sequence[tuple[float, bool]], norm: Norm) -> Check:
     least = min((eps for eps, broke in tried if broke), default=math.inf)
     held = sorted({eps for eps, broke in tried if not broke and eps > SLACK * least})
-    course = ", ".join(f"{eps_text(eps)} {'broke' if broke else 'held'}" for eps, broke in sorted(set(tried)))
+    course = ", ".join(f"{eps_text(eps, norm)} {'broke' if broke else 'held'}" for eps, broke in sorted(set(tried)))
     return Check(
         name="monotone",
         passed=not held,

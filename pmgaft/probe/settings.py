@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 from pmgaft.attacks import Budget
 from pmgaft.errors import ThreatError, quote
 from pmgaft.probe.surface import Groups
-from pmgaft.threat import ThreatModel, format_eps
+from pmgaft.threat import Norm, ThreatModel, format_eps
 
 Algorithm = Literal["pgd", "apgd"]
 LossName = Literal["ce", "margin", "dlr"]
@@ -96,7 +96,7 @@ class ProbeSettings:
             "losses": list(self.losses),
             "steps": self.steps,
             "restarts": self.restarts,
-            "step_size": eps_text(self.used_step_size),
+            "step_size": eps_text(self.used_step_size, self.threat.norm),
             "target": self.target,
             "groups": [list(group) for group in self.groups],
             "precision": "float32",
@@ -105,10 +105,10 @@ class ProbeSettings:
         }
 
 
-def eps_text(eps: float) -> str:
-    """Short, for reading: "0.73/255"; what is not reached is "inf"."""
-    if not math.isfinite(eps):
-        return "inf"
+def eps_text(eps: float, norm: Norm = "linf") -> str:
+    """Short, for reading: "0.73/255" in linf, "0.0173" in l2; what is not reached is "inf"."""
+    if not math.isfinite(eps) or norm == "l2":
+        return f"{eps:.3g}"
     exact = format_eps(eps)
     return exact if exact.endswith("/255") or exact == "0" else f"{255 * eps:.3g}/255"
 

@@ -22,7 +22,7 @@ from pmgaft import __version__
 from pmgaft.clip.preprocess import ImageLimits
 from pmgaft.clip.text import DEFAULT_TEMPLATES, check_labels, fill
 from pmgaft.errors import InputError, LabelsError, PmgaftError, ThreatError, quote
-from pmgaft.threat import ThreatModel, parse_eps
+from pmgaft.threat import Norm, ThreatModel, parse_eps
 
 from .label_sets import MARK, LabelSet, templates_from
 
@@ -76,6 +76,7 @@ STATUS: dict[str, int] = {
     "step_size_invalid": 422,
     "restarts_invalid": 422,
     "seed_invalid": 422,
+    "target_invalid": 422,
     "answer_too_large": 422,
     # 429, 503: not now; both come with Retry-After
     "probe_busy": 429,
@@ -112,13 +113,16 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProbeOptions:
-    """What a request asks of a probe. step_size: None is the attack's own default."""
+    """What a request asks of a probe. step_size: None is the attack's own default. target: the label that the answer
+    must become; None: any other. min_eps: also search the smallest eps that changes the answer."""
 
     threat: ThreatModel
     steps: int
     restarts: int
     step_size: float | None
     seed: int
+    target: str | None = None
+    min_eps: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,11 +153,13 @@ class ProbeModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     eps: str | int | float = Field("1/255", description="Largest change of a pixel, pixels lying in [0, 1].")
-    norm: Literal["linf"] = "linf"
+    norm: Literal["linf", "l2"] = "linf"
     steps: int = Field(20, ge=1)
     restarts: int = Field(1, ge=1)
     step_size: str | int | float | None = Field(None, description="In the unit of eps; by default 2.5 eps / steps.")
     seed: int = Field(0, ge=0, le=2**31 - 1)
+    target: str | None = Field(None, description="The label that the answer must become; any other by default.")
+    min_eps: bool = Field(False, description="Also search the smallest eps that changes the answer.")
 
 
 class RequestModel(BaseModel):
@@ -193,6 +199,22 @@ class Adversarial(BaseModel):
     probability: float
 
 
+class SmallestEps(BaseModel):
+    """The smallest change found that changes the answer, an upper bound; eps is missing where none was found.
+
+    failed_eps: the largest smaller eps at which an attempt found nothing. first_order: what a linear model would need.
+    """
+
+    eps: str | None = None
+    eps_value: float | None = None
+    label: str | None = None
+    failed_eps: str
+    first_order: str | None = None
+    resolution: float
+    finished: bool
+    gradients: int
+
+
 class ProbeAnswer(BaseModel):
     """What an attack on this very answer found, under the stated threat model and budget, and nothing beyond it."""
 
@@ -202,6 +224,7 @@ class ProbeAnswer(BaseModel):
     attack: dict[str, int | float | str]
     clean: Adversarial
     adversarial: Adversarial | None = None
+    min_eps: SmallestEps | None = None
     gradients: int
     forwards: int
     zero_gradient_share: float
@@ -426,7 +449,9 @@ _RIGHT = {
     "top_k": "a whole number from 1 upwards",
     "probe": 'an object such as {"eps": "1/255", "steps": 20}, or just "1/255"',
     "eps": 'a number such as "1/255" or 0.0039',
-    "norm": '"linf"',
+    "norm": '"linf" or "l2"',
+    "target": "one of the labels",
+    "min_eps": "true or false",
     "steps": "a whole number from 1 upwards",
     "restarts": "a whole number from 1 upwards",
     "step_size": 'a number such as "0.25/255"',
@@ -466,6 +491,7 @@ def _mistake(kind: str, where: tuple[int | str, ...]) -> InputError:
         "images": "field_invalid",
         "probe": "field_invalid",
         "lint": "field_invalid",
+        "min_eps": "field_invalid",
     }
     return InputError(f"{name} must be {_RIGHT[name]}", field=field, code=codes.get(name, f"{name}_invalid"))
 
@@ -487,7 +513,7 @@ def _request(
         _check_templates(templates, limits)
     if not images:
         raise InputError("the image is missing", field="image", code="image_missing")
-    probe = _probe_options(model.probe, limits) if model.probe is not None else None
+    probe = _probe_options(model.probe, labels, limits) if model.probe is not None else None
     if probe is not None and len(labels) < 2:
         message = "a probe needs at least two labels: with one there is nothing to change the answer to"
         raise InputError(message, field="labels", code="labels_too_few")
@@ -535,21 +561,32 @@ def _check_templates(templates: Sequence[str], limits: Limits) -> None:
         fill(template, "")
 
 
-def _probe_options(model: ProbeModel, limits: Limits) -> ProbeOptions:
+def _probe_options(model: ProbeModel, labels: Sequence[str], limits: Limits) -> ProbeOptions:
+    if model.target is not None and model.target not in labels:
+        message = f"the target {quote(model.target)} is none of the labels"
+        raise LabelsError(message, field="probe.target", code="target_invalid")
     for name, value, most in (("steps", model.steps, limits.steps), ("restarts", model.restarts, limits.restarts)):
         if value > most:
             message = f"{name} {quote(value)} is too much; at most {most} are allowed"
             raise ThreatError(message, field=f"probe.{name}", code=f"{name}_invalid")
-    threat = ThreatModel(norm=model.norm, eps=_radius(model.eps, "eps"))
-    step_size = None if model.step_size is None else _radius(model.step_size, "step_size")
+    threat = ThreatModel(norm=model.norm, eps=_radius(model.eps, model.norm, "eps"))
+    step_size = None if model.step_size is None else _radius(model.step_size, model.norm, "step_size")
     if step_size == 0:
         raise ThreatError("step_size must be above 0", field="probe.step_size", code="step_size_invalid")
-    return ProbeOptions(threat=threat, steps=model.steps, restarts=model.restarts, step_size=step_size, seed=model.seed)
+    return ProbeOptions(
+        threat=threat,
+        steps=model.steps,
+        restarts=model.restarts,
+        step_size=step_size,
+        seed=model.seed,
+        target=model.target,
+        min_eps=model.min_eps,
+    )
 
 
-def _radius(value: str | float, name: str) -> float:
+def _radius(value: str | float, norm: Norm, name: str) -> float:
     try:
-        return parse_eps(value)
+        return parse_eps(value, norm)
     except ThreatError as error:
         message = error.message.replace("eps", name, 1)
         raise ThreatError(message, field=f"probe.{name}", code=f"{name}_invalid") from None

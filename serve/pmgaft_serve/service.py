@@ -38,7 +38,7 @@ from pmgaft.clip.lint import lint, wording_distance
 from pmgaft.clip.preprocess import PreprocessSpec, read_pixels
 from pmgaft.clip.text import TextEncoder
 from pmgaft.errors import InputError, PmgaftError
-from pmgaft.probe import ProbeReport, ProbeSettings, probe
+from pmgaft.probe import ProbeReport, ProbeSettings, eps_text, probe
 from pmgaft.threat import ThreatModel, format_eps
 from pmgaft_export.bundle import Bundle
 
@@ -433,7 +433,7 @@ class Service:
         """Attack images [3, H, W] together, if the request asks for it, and add to each one's result what was found."""
         if request.probe is None or not targets:
             return
-        settings = self._probe_settings(request.probe)
+        settings = self._probe_settings(request.probe, request.labels)
         with watch("probe"):
             reports = await self._in(self._probes, self._attack, [image for image, _, _ in targets], text, settings)
         for report, (_, clean, result) in zip(reports, targets, strict=True):
@@ -444,7 +444,7 @@ class Service:
             self._metrics.count("pmgaft_probe_gradients_total", report.gradients)
             result.probe = answer
 
-    def _probe_settings(self, options: ProbeOptions) -> ProbeSettings:
+    def _probe_settings(self, options: ProbeOptions, labels: Sequence[str]) -> ProbeSettings:
         return ProbeSettings(
             threat=options.threat,
             steps=options.steps,
@@ -452,6 +452,8 @@ class Service:
             step_size=options.step_size,
             seed=options.seed,
             seconds=self.settings.probe_seconds,
+            target=None if options.target is None else labels.index(options.target),
+            min_eps=options.min_eps,
         )
 
     def _attack(self, images: Sequence[Tensor], text: Tensor, settings: ProbeSettings) -> list[ProbeReport]:
@@ -571,7 +573,7 @@ def probe_answer(
     if labels[report.clean_index] != clean.label:
         verdict = "inconclusive"
         reason = f"the attacked encoder answers {labels[report.clean_index]!r} to the image itself"
-    elif served is not None and served.label == clean.label:
+    elif served is not None and not _as_asked(served.label, labels, report):
         verdict = "inconclusive"
         reason = "the adversarial image fools the attacked encoder and not the engine that serves"
     settings = report.settings
@@ -589,10 +591,33 @@ def probe_answer(
         },
         clean=Adversarial(label=clean.label, probability=clean.probability),
         adversarial=None if served is None else Adversarial(label=served.label, probability=served.probability),
+        min_eps=_smallest_eps(report, labels),
         gradients=report.gradients,
         forwards=report.forwards,
         zero_gradient_share=round(report.zero_gradient_share, 6),
         seconds=round(report.seconds, 3),
+    )
+
+
+def _as_asked(served: str, labels: Sequence[str], report: ProbeReport) -> bool:
+    """Whether the served engine's answer to the adversarial image is what the probe was after."""
+    target = report.settings.target
+    return served != labels[report.clean_index] if target is None else served == labels[target]
+
+
+def _smallest_eps(report: ProbeReport, labels: Sequence[str]) -> protocol.SmallestEps | None:
+    found, norm = report.min_eps, report.settings.threat.norm
+    if found is None:
+        return None
+    return protocol.SmallestEps(
+        eps=None if found.eps is None else eps_text(found.eps, norm),
+        eps_value=found.eps,
+        label=None if found.index is None else labels[found.index],
+        failed_eps=eps_text(found.failed_eps, norm),
+        first_order=None if found.first_order is None else eps_text(found.first_order, norm),
+        resolution=found.resolution,
+        finished=found.finished,
+        gradients=found.gradients,
     )
 
 
@@ -603,7 +628,7 @@ def _statement(
     if verdict == "broken" and served is not None:
         return f"an image within {threat} changes this answer from {clean.label!r} to {served.label!r}"
     if verdict == "not_broken":
-        tried = f"this attack, with {report.gradients} gradients,"
+        tried = f"this attack, with {report.attack_gradients} gradients,"
         return f"{tried} found no image within {threat} that changes the answer {clean.label!r}; others may exist"
     return f"nothing can be said about images within {threat}: {reason}"
 
