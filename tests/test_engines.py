@@ -253,6 +253,31 @@ def test_float32_is_float32_on_a_gpu_too(bundle: Bundle, monkeypatch: pytest.Mon
     assert not torch.backends.cuda.matmul.allow_tf32
 
 
+@pytest.mark.parametrize(
+    ("machine", "flags", "expected"),
+    [
+        ("x86_64", ["fpu sse avx2 avx512_vnni"], False),
+        ("x86_64", ["fpu avx_vnni"], False),
+        ("x86_64", ["fpu sse avx2"], True),
+        ("AMD64", [], True),  # Windows does not say
+        ("aarch64", [], False),
+    ],
+)
+def test_int8_is_multiplied_the_slower_way_only_where_it_would_saturate(
+    monkeypatch: pytest.MonkeyPatch, machine: str, flags: list[str], expected: bool
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(runtime, "_cpuinfo", lambda key: flags if key == "flags" else [])
+    assert runtime.saturates() is expected
+    key = "session.x64quantprecision"
+    options = session_options(1, "int8")
+    if expected:
+        assert options.get_session_config_entry(key) == "1"
+    else:
+        with pytest.raises(RuntimeError):
+            options.get_session_config_entry(key)
+
+
 def test_a_damaged_compiled_encoder_is_a_bundle_error(tmp_path: Path) -> None:
     (tmp_path / "image.pt2").write_bytes(b"not a package")
     with pytest.raises(BundleError, match=r"image\.pt2 cannot be run on this machine"):

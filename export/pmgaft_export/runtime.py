@@ -79,12 +79,23 @@ def machine(device: torch.device) -> str:
 
 def processor() -> str:
     """The processor's name, as exactly as the system knows it."""
+    return next(iter(_cpuinfo("model name")), "") or platform.processor() or platform.machine()
+
+
+def saturates() -> bool:
+    """Whether this processor's plain 8-bit products overflow 16 bits: x86 without VNNI, or where that is not known."""
+    flags = next(iter(_cpuinfo("flags")), "").split()
+    return platform.machine() in ("x86_64", "AMD64") and not {"avx512_vnni", "avx_vnni"} & set(flags)
+
+
+def _cpuinfo(key: str) -> list[str]:
+    """Linux's values for `key`, one a processor; elsewhere none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        return []
+    pairs = (line.partition(":") for line in lines)
+    return [value.strip() for name, _, value in pairs if name.strip() == key]
 
 
 def _torchscript(path: Path, device: torch.device) -> Opened:
@@ -143,8 +154,8 @@ def session_options(threads: int, precision: Precision) -> Any:
     options.log_severity_level = 3
     # Idle threads that spin take the cores from decoding threads and other workers: a third of the throughput.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # On x86 without VNNI, int8 products would saturate and answers change; ignored where they do not.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if precision == "int8" and saturates():  # a slower way of multiplying, and the right answers
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if precision == "float16":  # laying float16 convolutions out for the CPU crashes 1.31
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     return options

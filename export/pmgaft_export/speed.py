@@ -6,22 +6,22 @@ import math
 import time
 from collections.abc import Mapping
 
-import torch
+from torch import Tensor
 
 from .runtime import Encode
 from .sample import sample_pixels
 
 BATCHES = (1, 16)
-ROUNDS = 3
-_SECONDS = 0.3  # of one format in one round, at least
+ROUNDS = 5  # at least
+_SECONDS = 1.0  # for each encoder at each batch size, at least
 
 Rates = dict[str, dict[int, float]]
 
 
 def measure_speed(encoders: Mapping[str, Encode], size: tuple[int, int]) -> Rates:
-    """Images a second of each encoder at each batch size, the best of several rounds.
+    """Images a second of each encoder at each batch size, by its shortest call, which other work disturbed least.
 
-    Encoders take turns inside a round, so that all feel the same noise.  size: (H, W) of the pixels.
+    Encoders take turns, call by call, so that all feel the same noise.  size: (H, W) of the pixels.
     """
     rates: Rates = {name: {} for name in encoders}
     for batch in BATCHES:
@@ -29,9 +29,14 @@ def measure_speed(encoders: Mapping[str, Encode], size: tuple[int, int]) -> Rate
         for encode in encoders.values():
             for _ in range(2):  # compiled code is made, or tuned, in the first calls
                 encode(pixels)
-        for _ in range(ROUNDS):
+        shortest = dict.fromkeys(encoders, math.inf)
+        rounds, start = 0, time.perf_counter()
+        while rounds < ROUNDS or time.perf_counter() - start < _SECONDS * len(encoders):
             for name, encode in encoders.items():
-                rates[name][batch] = max(rates[name].get(batch, 0.0), _rate(encode, pixels))
+                shortest[name] = min(shortest[name], _seconds(encode, pixels))
+            rounds += 1
+        for name, seconds in shortest.items():
+            rates[name][batch] = batch / seconds
     return rates
 
 
@@ -40,9 +45,7 @@ def quickest(rates: Rates) -> str:
     return max(rates, key=lambda name: math.prod(rates[name].values()))
 
 
-def _rate(encode: Encode, pixels: torch.Tensor) -> float:
-    calls, start = 0, time.perf_counter()
-    while calls == 0 or time.perf_counter() - start < _SECONDS:
-        encode(pixels)
-        calls += 1
-    return calls * len(pixels) / (time.perf_counter() - start)
+def _seconds(encode: Encode, pixels: Tensor) -> float:
+    start = time.perf_counter()
+    encode(pixels)
+    return time.perf_counter() - start
