@@ -71,9 +71,10 @@ def ours(model: Counted, pixels: Tensor, answers: Tensor, norm: Norm) -> Tensor:
 def foolbox_peer(name: str) -> Callable[[Counted, Tensor, Tensor, Norm], Tensor]:
     def run(model: Counted, pixels: Tensor, answers: Tensor, norm: Norm) -> Tensor:
         import foolbox
+        from foolbox.models.pytorch import PyTorchModel
 
         attack = getattr(foolbox.attacks, name)()
-        _, found, _ = attack(foolbox.models.PyTorchModel(model, bounds=(0, 1)), pixels, answers, epsilons=None)
+        _, found, _ = attack(PyTorchModel(model, bounds=(0, 1)), pixels, answers, epsilons=None)
         return found  # type: ignore[no-any-return]
 
     return run

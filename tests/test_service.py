@@ -584,6 +584,7 @@ def report(clean: int = 0, adversarial: int = 1, verdict: str = "broken") -> Pro
         margin_before=0.4,
         margin_after=-0.4,
         distance=1 / 255,
+        attack_gradients=20,
         gradients=20,
         forwards=22,
         seconds=0.1,
