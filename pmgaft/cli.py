@@ -20,7 +20,7 @@ COMMANDS = {
     "evaluate": ("pmgaft.evaluation.command:evaluate", "Measure clean and robust accuracy on data sets."),
     "compare": ("pmgaft.evaluation.compare_command:compare", "Put results side by side, with pictures."),
     "blend": ("pmgaft.evaluation.blend_command:blend", "Mix the weights of two models, and judge the mixtures."),
-    "probe": ("pmgaft.probe.command:probe", "Report how easily the answer to a picture is broken."),
+    "probe": ("pmgaft.probe_command:probe", "Report how easily the answer to a picture is broken."),
     "export": ("pmgaft_export.command:export", "Turn a model or a run into a bundle that can be served."),
     "serve": ("pmgaft_serve.command:serve", "Serve a bundle or a shipped model over HTTP."),
     "classify": ("pmgaft_serve.command:classify", "Ask a running server about pictures."),

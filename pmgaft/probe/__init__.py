@@ -1,7 +1,7 @@
 """How easily is this very answer to this very image broken? A report under a stated threat model.
 
 Pure, and light enough for a serving worker: torch and Pillow, nothing of training or evaluation. The command is apart,
-in `command`.
+in pmgaft.probe_command, so that its help need not load torch.
 """
 
 from pmgaft.probe.certificate import Certificate, NoisyFeatures, certify, noisy_features
