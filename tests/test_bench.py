@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -194,6 +194,7 @@ def test_addresses_are_taken_apart() -> None:
     assert target_of("https://x").port == 443
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=200), st.sampled_from([0.5, 0.9, 0.95, 0.99, 1.0]))
 def test_a_quantile_is_the_smallest_value_that_covers_its_share(values: list[float], share: float) -> None:
     ordered = sorted(values)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 with warnings.catch_warnings():
@@ -57,7 +57,8 @@ def test_our_idea_of_the_protocol_is_torchserves() -> None:
     assert {name: sent[name] for name in found.headers} == found.headers
 
 
-@given(st.lists(st.binary(max_size=50), min_size=1, max_size=4), st.data())
+@given(st.lists(st.binary(max_size=20), min_size=1, max_size=3), st.data())
+@settings(max_examples=40, deadline=None)
 def test_requests_are_the_same_however_their_bytes_are_cut(bodies: list[bytes], data: st.DataObject) -> None:
     requests = [request(number, body) for number, body in enumerate(bodies)]
     stream = b"".join(message(one) for one in requests)

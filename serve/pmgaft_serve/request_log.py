@@ -112,9 +112,11 @@ class Collector:
 
     def __init__(self, path: Path, write: Callable[[str], None] | None = None) -> None:
         put = write or _to_stdout
+        readers = self._readers = set[threading.Thread]()
 
         class Handler(socketserver.StreamRequestHandler):
             def handle(self) -> None:
+                readers.add(threading.current_thread())
                 for line in self.rfile:
                     put(line.decode(errors="replace"))
 
@@ -125,10 +127,12 @@ class Collector:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop accepting; what was sent has been written."""
+        """Stop accepting, and write what workers that have ended still sent."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+        for reader in self._readers:
+            reader.join(timeout=1)
 
 
 class _Handler(logging.Handler):
