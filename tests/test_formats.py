@@ -259,8 +259,8 @@ def test_a_compiled_encoder_runs_at_any_batch_size_without_the_compiler_and_with
     encode = open_encoder(path)
     assert encode.engine == "aotinductor-cpu"
     for batch in (1, 2, 33):
-        values = torch.rand(batch, 3)
-        assert torch.equal(encode.run(values), 2 * values)
+        for values in (torch.rand(batch, 3), torch.rand(3, batch).T):
+            assert torch.equal(encode.run(values), 2 * values)
     program = f"""
 import pickle, sys
 from pathlib import Path

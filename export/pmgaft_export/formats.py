@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.jit._trace import TracerWarning
 
 from pmgaft.clip.image import PixelEncoder
+from pmgaft.clip.loading import quietly
 from pmgaft.errors import PmgaftError, first_line
 
 from .bundle import Precision, quiet_torchscript
@@ -133,7 +134,7 @@ def write_pt2(encoder: Encoder, path: Path, tools: Tools) -> None:
         dimension: torch.export.Dim(name, min=1, max=LARGEST_BATCH) for dimension, name in encoder.dynamic.items()
     }
     try:
-        with warnings.catch_warnings(action="ignore"), torch.no_grad():
+        with quietly(), warnings.catch_warnings(action="ignore"), torch.no_grad():
             program = torch.export.export(module, (example,), dynamic_shapes=(dimensions,))
             torch._inductor.aoti_compile_and_package(
                 program, package_path=str(path), inductor_configs={"cpp.dynamic_threads": True}

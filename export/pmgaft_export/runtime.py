@@ -119,7 +119,8 @@ def _aotinductor(path: Path, device: torch.device) -> Opened:
 
     def run(values: Tensor) -> Tensor:
         with torch.no_grad():
-            return cast(Tensor, loader.boxed_run([values.to(device)])[0]).float().cpu()
+            there = values.to(device).contiguous()  # compiled code takes strides for granted, and does not check them
+            return cast(Tensor, loader.boxed_run([there])[0]).float().cpu()
 
     return Opened(run=run, engine=f"aotinductor-{device.type}")
 
