@@ -70,6 +70,8 @@ def test_near_the_boundary_it_abstains() -> None:
 def test_draws_that_choose_are_never_those_that_count() -> None:
     noisy = noisy_features(two_way, image(0.6), sigma=0.25, selection=50, draws=300, seed=1)
     assert (len(noisy.selection), len(noisy.counting)) == (50, 300)
+    seen = noisy_features(lambda x: x.flatten(1), image(0.6), sigma=0.25, selection=50, draws=300, seed=1)
+    assert float(torch.cdist(seen.selection, seen.counting).min()) > 0.1
     other = NoisyFeatures(selection=-noisy.selection, counting=noisy.counting, sigma=0.25, seed=1, size=48)
     assert certify(other, TEXTS).index is None  # the selection chose wrongly, and the count does not follow it
     assert certify(noisy, TEXTS).index == 0

@@ -111,6 +111,18 @@ def test_a_saved_image_fools_the_model_when_read_again(
     assert float((again - read_pixels(picture.read_bytes(), tiny_clip.preprocess)).abs().max()) <= 32 / 255 + 1e-6
 
 
+def test_a_file_that_fools_nobody_any_more_is_called_that(
+    picture: Path, tiny_clip: Any, tiny_clip_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if rounding had taken the whole change away: the file read again decides, not what was meant to be in it."""
+    clean = read_pixels(picture.read_bytes(), tiny_clip.preprocess)
+    monkeypatch.setattr("pmgaft.probe.full.surviving_pixels", lambda *arguments: (clean, True))
+    found = report(picture, tiny_clip_dir, "--eps", "32/255", "--save-adversarial", str(tmp_path / "a.png"), *QUICK)
+    assert found["verdict"] == "broken"
+    assert found["saved"]["adversarial"]["flips_when_read_again"] is False
+    assert "rounding to 8 bits saved the answer" in found["saved"]["adversarial"]["note"]
+
+
 def test_where_nothing_broke_nothing_is_saved(picture: Path, tiny_clip_dir: Path, tmp_path: Path) -> None:
     file = tmp_path / "none.png"
     found = report(picture, tiny_clip_dir, "--eps", "0", "--save-adversarial", str(file), *QUICK)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from pmgaft.attacks import Adversarial
 from pmgaft.errors import LabelsError, ThreatError
-from pmgaft.probe import ProbeReport, ProbeSettings, attack, probe
+from pmgaft.probe import ProbeReport, ProbeSettings, attack, health, probe
 from pmgaft.threat import ThreatModel
 
 SCALE = 30.0
@@ -248,6 +248,12 @@ def test_an_attack_without_gradients_settles_what_gradients_hide() -> None:
     hidden = one(asked(0.45, health=True, square_queries=200), lambda x: plain(torch.round(x * 255) / 255))
     assert hidden.verdict == "broken"
     assert {check.name: check.passed for check in hidden.health}["square"] is False
+
+
+def test_a_larger_ball_that_holds_where_a_smaller_one_broke_fails_its_check() -> None:
+    assert health._monotone([(0.1, False), (0.2, True), (0.4, True)], "linf").passed
+    assert health._monotone([(0.1, True), (0.11, False), (0.4, True)], "linf").passed  # as near as attacks are good
+    assert health._monotone([(0.1, True), (0.2, False), (0.4, True)], "linf").passed is False
 
 
 def test_an_answer_that_moves_by_itself_fails_eps_zero() -> None:
