@@ -150,6 +150,7 @@ def test_the_table_has_the_likeliest_others_and_none_is_nearer_than_min_eps() ->
     reached = [line.eps for line in report.targets if line.eps is not None]
     assert reached
     assert report.min_eps.eps <= min(reached)
+    assert {line.index: line.eps for line in report.targets}[report.min_eps.index or 0] == report.min_eps.eps
     assert all(line.gradients <= 100 for line in report.targets)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -186,7 +186,8 @@ class _Work:
         inside &= bool(((self.pixels[row] >= 0) & (self.pixels[row] <= 1)).all())
         wanted = adversarial != clean if settings.target is None else adversarial == settings.target != clean
         changed = wanted and inside and bool(after[:size].isfinite().all())
-        nearest, table = self._min_eps(row), self._target_table(row)
+        nearest = self._min_eps(row)
+        table = self._target_table(row, nearest)
         looks = self._checks(row, nearest)
         reason = None if changed else self._doubt(row, clean, looks)
         margins = [_margin(one, clean) for one in answers]
@@ -275,18 +276,29 @@ class _Work:
             pixels=pixels if math.isfinite(eps) else None,
         )
 
-    def _target_table(self, row: int) -> tuple[TargetEps, ...]:
-        lines = [(t, at) for t in self.tables if (at := _place(t.rows, row)) is not None]
-        return tuple(
-            TargetEps(
-                index=int(table.targets[at]),
+    def _target_table(self, row: int, nearest: MinEps | None) -> tuple[TargetEps, ...]:
+        """Where the search for any other answer came to a target more nearly than the target's own, that counts."""
+        lead = -1
+        if nearest is not None and nearest.index is not None:
+            leads = self.batch.surface.leads
+            lead = nearest.index if leads is None else int(leads[row, nearest.index])
+        lines = []
+        for table in self.tables:
+            at = _place(table.rows, row)
+            if at is None:
+                continue
+            target = int(table.targets[at])
+            line = TargetEps(
+                index=target,
                 eps=_finite(table.found.distance[at]),
                 failed_eps=float(table.found.failed[at]),
                 first_order=_finite(table.found.first_order[at]),
                 gradients=int(table.found.gradients_used[at]),
             )
-            for table, at in lines
-        )
+            if nearest is not None and target == lead:
+                line = replace(line, eps=nearest.eps, failed_eps=nearest.failed_eps)
+            lines.append(line)
+        return tuple(lines)
 
 
 def _place(rows: Tensor, row: int) -> int | None:

@@ -32,7 +32,7 @@ def show(report: Mapping[str, Any]) -> None:
         rows = [
             (
                 one["treatment"],
-                "still fools" if one["flips"] else "saved",
+                "still fools" if one["flips"] else "harmless",
                 f"{one['label']}, {one['linf_distance']} off",
             )
             for one in report["survival"]
