@@ -331,8 +331,9 @@ def peer(script: str, model: str, *more: str, path: str = "/predict") -> Iterato
     port = free_ports(1)[0]
     command = [sys.executable, str(HERE / "peers" / script), model, *more]
     command += ["--port", str(port), "--threads", str(cores())]
-    with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory(prefix="peer-") as scratch:
+        environment = os.environ | {"TMPDIR": scratch, "OMP_NUM_THREADS": str(cores())}
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment)
         try:
             target = target_of(f"http://127.0.0.1:{port}", path)
             first = form_message(target, picture(64, 64), ["cat", "dog"])

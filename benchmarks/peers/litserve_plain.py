@@ -1,12 +1,11 @@
 """LitServe with open_clip called for every request: python litserve_plain.py MODEL --port PORT --threads N."""
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 
 import litserve
 from common import PlainClip
+from fastapi import Request
 
 
 class Plain(litserve.LitAPI):
@@ -17,13 +16,13 @@ class Plain(litserve.LitAPI):
     def setup(self, device: str) -> None:
         self.clip = PlainClip(self.name, self.count)
 
-    def decode_request(self, request: Any) -> tuple[bytes, str]:
+    def decode_request(self, request: Request) -> tuple[bytes, str]:
         return request["image"].file.read(), request["labels"]
 
     def predict(self, asked: tuple[bytes, str]) -> dict[str, Any]:
         return self.clip.answer(*asked)
 
-    def encode_response(self, answer: dict[str, Any]) -> dict[str, Any]:
+    def encode_response(self, answer):  # no annotation: LitServe would check the answer against it, and be slower
         return answer
 
 

@@ -1,4 +1,4 @@
-"""A plain TorchServe handler that calls open_clip for every request, and TorchServe around it with its own settings.
+"""TorchServe with its own settings around the plain handler of torchserve_handler.py.
 
 python torchserve_plain.py MODEL --port PORT --threads N
 """
@@ -8,26 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).resolve().parent
-
-
-class Handler:
-    """As in TorchServe's documentation: `initialize`, then `handle` with a list of requests."""
-
-    def initialize(self, context: Any) -> None:
-        sys.path.insert(0, str(HERE))
-        from common import PlainClip
-
-        settings = context.model_yaml_config["handler"]
-        self.clip = PlainClip(settings["model"], settings["threads"])
-
-    def handle(self, data: list[dict[str, bytearray]], context: Any) -> list[dict[str, Any]]:
-        return [self.clip.answer(bytes(one["image"]), bytes(one["labels"]).decode()) for one in data]
 
 
 def main() -> None:
@@ -44,11 +30,16 @@ def main() -> None:
     state = Path(tempfile.mkdtemp(prefix="plain-"))
     model = state / "store" / "plain"
     (model / "MAR-INF").mkdir(parents=True)
-    (model / "handler.py").write_text((HERE / "torchserve_plain.py").read_text().replace("__file__", repr(__file__)))
-    settings = {"model": chosen.model, "threads": chosen.threads}
+    shutil.copy(HERE / "torchserve_handler.py", model)
+    settings = {"peers": str(HERE), "model": chosen.model, "threads": chosen.threads}
     config = {"minWorkers": 1, "maxWorkers": 1, "batchSize": 1, "responseTimeout": 600, "handler": settings}
     (model / "config.yaml").write_text(yaml.safe_dump(config))
-    about = {"modelName": "plain", "modelVersion": "1.0", "handler": "handler.py", "configFile": "config.yaml"}
+    about = {
+        "modelName": "plain",
+        "modelVersion": "1.0",
+        "handler": "torchserve_handler.py",
+        "configFile": "config.yaml",
+    }
     manifest = {"createdOn": "", "runtime": "python", "archiverVersion": "0.12.0", "model": about}
     (model / "MAR-INF" / "MANIFEST.json").write_text(json.dumps(manifest))
     ports = free_ports(5)
