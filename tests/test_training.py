@@ -586,4 +586,5 @@ def test_a_run_says_first_what_it_resolved(tiny_vit_clip_dir: Path, shards: Path
     run(what, tmp_path / "run")
     start = log_of(tmp_path / "run")[0]
     assert {"model_hash", "data_hash", "images", "classes", "steps", "device"} <= start.keys()
+    assert start["same_names"] == []
     assert load_recipe(str(tmp_path / "run" / "recipe.toml")) == what

@@ -106,11 +106,15 @@ def test_a_person_sees_terms_shares_speed_and_the_time_left(monkeypatch: pytest.
     monkeypatch.setattr(command._Screen, "_SECONDS_BETWEEN_LINES", 0.0)
     with command._Screen() as screen:
         facts = {"steps": 28, "images": 48, "classes": 3, "held_out": 0, "changed": ["lr"], "step": 6}
-        screen.show("resume", START | facts | {"ranks": 4})
+        screen.show("resume", START | facts | {"ranks": 4, "same_names": ["crane", "maillot"]})
         screen.show("step", STEP)
     assert said == [
         "the recipe has another lr from here on",
         "m on cpu and 3 more; d: 48 images of 3 classes, 0 held out, going on from step 6",
+        (
+            "more than one class is called 'crane', 'maillot': no model can tell them apart, and their images pull it both "
+            "ways; rename them or give them one label"
+        ),
         "step 7: loss 3.5000 (ce 1.500, clean 2.000), clean 75 %, robust 50 %, 96.0 images/s, 1:02:05 left",
     ]
 

@@ -6,7 +6,7 @@ Imports torch alone, so that a serving worker can use it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -68,7 +68,7 @@ class FewSizes(nn.Module):
     fifty; an attack whose rows leave as they break meets hundreds of sizes.
     """
 
-    def __init__(self, tower: nn.Module) -> None:
+    def __init__(self, tower: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.tower = tower
 
@@ -80,6 +80,12 @@ class FewSizes(nn.Module):
         filled = torch.cat([images, images[:1].expand(padded - size, -1, -1, -1)]) if padded > size else images
         features: Tensor = self.tower(filled)
         return features[:size]
+
+
+def few_sizes(encoder: PixelEncoder) -> PixelEncoder:
+    """The same function of the same weights, meeting few batch sizes."""
+    mean, std = encoder.mean.flatten().tolist(), encoder.std.flatten().tolist()
+    return PixelEncoder(FewSizes(encoder.tower), mean, std, encoder.size).to(encoder.mean.device)
 
 
 def freeze(module: Module) -> Module:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pmgaft.attacks.autoattack import autoattack
 from pmgaft.attacks.menu import ATTACKS
-from pmgaft.clip.image import PixelEncoder, fold_batchnorm, freeze
+from pmgaft.clip.image import PixelEncoder, few_sizes, fold_batchnorm, freeze
 from pmgaft.evaluation.protocol import AUTOATTACK, NamedAttack, Protocol
 from pmgaft.threat import ThreatModel
 
@@ -139,8 +139,11 @@ def attack_surface(
 
 
 def attackable(encoder: PixelEncoder) -> PixelEncoder:
-    """A frozen copy that computes the same and is quick to differentiate: folded, channels last, nothing in place."""
-    return nothing_in_place(freeze(fold_batchnorm(encoder)).to(memory_format=torch.channels_last))
+    """A frozen copy that computes the same and is quick to differentiate: folded, channels last, nothing in place; on a
+    GPU in few batch sizes, since rows leave an attack as they break.
+    """
+    quick = nothing_in_place(freeze(fold_batchnorm(encoder)).to(memory_format=torch.channels_last))
+    return few_sizes(quick) if encoder.mean.is_cuda else quick
 
 
 def nothing_in_place(encoder: PixelEncoder) -> PixelEncoder:

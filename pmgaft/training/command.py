@@ -119,6 +119,8 @@ class _Screen(contextlib.ExitStack):
                 _RESOLVED.format(**figures, alongside=alongside)
                 + (f", going on from step {self._step}" if self._step else "")
             )
+            if figures["same_names"]:
+                console.note(_SAME_NAMES.format(names=", ".join(map(repr, figures["same_names"]))))
             self._advance = self.enter_context(console.progress("training", figures["steps"], "steps"))
             self._advance(self._step, "")
         elif event == "step" and self._advance is not None:
@@ -159,4 +161,8 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
+_SAME_NAMES = (
+    "more than one class is called {names}: no model can tell them apart, and their images pull it both ways; "
+    "rename them or give them one label"
+)
 _RESOLVED = "{model} on {device}{alongside}; {data}: {images} images of {classes} classes, {held_out} held out"

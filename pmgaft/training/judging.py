@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pmgaft.attacks import Budget, cross_entropy_loss, misclassified, pgd
-from pmgaft.clip.image import FewSizes, PixelEncoder
+from pmgaft.clip.image import PixelEncoder, few_sizes
 from pmgaft.objectives import cosine_logits
 from pmgaft.threat import ThreatModel
 
@@ -45,9 +45,3 @@ def right_answers(
             )
             counts[1] += (found.finite & ~found.success).sum()
     return counts
-
-
-def few_sizes(encoder: PixelEncoder) -> PixelEncoder:
-    """The same function; the rows that an attack is left with come in any number, which a GPU would plan anew for."""
-    mean, std = encoder.mean.flatten().tolist(), encoder.std.flatten().tolist()
-    return PixelEncoder(FewSizes(encoder.tower), mean, std, encoder.size).to(encoder.mean.device)

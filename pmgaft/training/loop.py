@@ -31,7 +31,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pmgaft.attacks import Budget
 from pmgaft.clip.loading import tensors_hash
-from pmgaft.data import Batch, loader
+from pmgaft.data import Batch, duplicate_names, loader
 from pmgaft.data.subset import Subset
 from pmgaft.device import float32_products
 from pmgaft.errors import CheckpointError, InputError
@@ -182,14 +182,15 @@ class _Run:
         self.tell("resume", self._facts() | {"step": self.position.step, "changed": changes})
 
     def _facts(self) -> dict[str, Any]:
-        parts, recipe = self.parts, self.recipe
+        parts, recipe, names = self.parts, self.recipe, self.parts.training_set.class_names
         return {
             "model": parts.clip.name,
             "model_hash": tensors_hash(parts.clip.image),
             "guide": parts.guide_name,
             "data": parts.training_set.name,
             "data_hash": parts.training_set.hash,
-            "classes": len(parts.training_set.class_names),
+            "classes": len(names),
+            "same_names": [names[group[0]] for group in duplicate_names(names)],
             "guide_texts": len(parts.learner.guide_texts),
             "images": len(parts.training_set),
             "held_out": len(parts.held_out),

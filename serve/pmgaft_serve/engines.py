@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pmgaft.clip.image import FewSizes
 from pmgaft.device import pick_device
 from pmgaft.errors import BundleError, InputError, PmgaftError
 from pmgaft_export.bundle import Bundle, FormatEntry, Manifest
@@ -115,8 +116,13 @@ def worker_device(setting: str, gpu_id: int | None) -> torch.device:
 
 
 def differentiable(bundle: Bundle, device: torch.device) -> Encode:
-    """The image encoder that probes use: takes tensors on the CPU, gives tensors on the CPU, has a derivative."""
+    """The image encoder that probes use: takes tensors on the CPU, gives tensors on the CPU, has a derivative.
+
+    On a GPU it meets few batch sizes, since rows leave an attack as they break.
+    """
     encode = bundle.differentiable(device)
+    if device.type == "cuda":
+        encode = FewSizes(encode)
     return lambda pixels: encode(pixels.to(device)).cpu()
 
 
