@@ -112,8 +112,8 @@ def test_a_person_sees_terms_shares_speed_and_the_time_left(monkeypatch: pytest.
         "the recipe has another lr from here on",
         "m on cpu and 3 more; d: 48 images of 3 classes, 0 held out, going on from step 6",
         (
-            "more than one class is called 'crane', 'maillot': no model can tell them apart, and their images pull it both "
-            "ways; rename them or give them one label"
+            "more than one class is called 'crane', 'maillot': no model can tell them apart, and their images "
+            "pull it both ways; rename them or give them one label"
         ),
         "step 7: loss 3.5000 (ce 1.500, clean 2.000), clean 75 %, robust 50 %, 96.0 images/s, 1:02:05 left",
     ]
