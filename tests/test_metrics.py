@@ -10,7 +10,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from pmgaft_serve.metrics import SERIES, Exporter, Metrics, Pages, collect, eps_label, total
+from pmgaft import __version__
+from pmgaft_serve.metrics import SERIES, Exporter, Metrics, Pages, collect, eps_label, observed, outcome_of, total
+from pmgaft_serve.protocol import STATUS
 
 WORKER = """
 import sys
@@ -78,7 +80,7 @@ def test_the_table_follows_prometheus_conventions() -> None:
         assert bool(series.buckets) == (series.kind == "histogram")
         assert list(series.buckets) == sorted(series.buckets)
         if series.unit == "seconds":
-            assert series.name.endswith("_seconds")
+            assert series.name.removesuffix("_total").endswith("_seconds")
 
 
 def test_the_code_moves_exactly_the_series_of_the_table() -> None:
@@ -87,7 +89,44 @@ def test_the_code_moves_exactly_the_series_of_the_table() -> None:
     for file in package.glob("*.py"):
         if file.name not in ("metrics.py", "demo.py"):
             named |= set(re.findall(r'(?:count|observe|set)\(\s*"(pmgaft_\w+)"', file.read_text()))
-    assert named == {series.name for series in SERIES}
+    assert named == {series.name for series in SERIES if series.by == "worker"}
+
+
+def test_the_exporter_shows_exactly_its_own_series_of_the_table() -> None:
+    text = observed(ready=True, processes={"torchserve": os.getpid(), "worker 0": 2**22 + 1})
+    shown = set(re.findall(r"^# TYPE (pmgaft_\w+)", text, re.MULTILINE))
+    assert shown == {series.name for series in SERIES if series.by == "exporter"}
+    assert total(text, "pmgaft_ready") == 1
+    assert total(text, "pmgaft_build_info", version=__version__) == 1
+    assert total(text, "pmgaft_process_resident_bytes", process="torchserve") > 10 * 2**20
+    assert total(text, "pmgaft_process_cpu_seconds_total", process="torchserve") > 0
+    assert "worker 0" not in text
+
+
+def test_a_first_failure_is_a_step_from_zero() -> None:
+    metrics = Metrics()
+
+    def value(name: str, **labels: str) -> float | None:
+        return metrics.registry.get_sample_value(name, labels)
+
+    assert value("pmgaft_requests_total", outcome="failed", code="internal") == 0
+    assert value("pmgaft_requests_total", outcome="ok", code="internal") is None
+    for code in STATUS:
+        assert value("pmgaft_requests_total", outcome=outcome_of(code), code=code) == 0
+    metrics.count("pmgaft_requests_total", outcome="failed", code="internal")
+    assert value("pmgaft_requests_total", outcome="failed", code="internal") == 1
+
+
+def test_every_label_has_a_closed_list_of_values_or_says_what_is_installed() -> None:
+    open_labels = {label for series in SERIES for label, values in series.labels.items() if values is None}
+    assert open_labels == {
+        *("name", "bundle", "engine", "format", "version", "torch", "onnxruntime", "torchserve"),  # what is served
+        "process",  # as many as there are workers
+        "eps",  # of sampled probes: as many as the operator names
+    }
+    refused = next(series for series in SERIES if series.name == "pmgaft_rejected_total").labels["reason"]
+    assert refused is not None
+    assert set(refused) <= set(STATUS)
 
 
 def test_any_eps_is_one_of_six_label_values() -> None:

@@ -30,6 +30,7 @@ class Batcher(Generic[T, R]):
 
     work: items -> as many results, where a result may also be the error of its item alone; run in `thread`, a batch at
     a time. most: weight of one batch, of which there is always at least one item. on_batch: told each batch's weight.
+    on_waiting: told how many items wait, whenever that changes.
     A batch whose work raises is tried again in halves, so that only the items at fault fail.
     """
 
@@ -39,11 +40,13 @@ class Batcher(Generic[T, R]):
         thread: Executor,
         most: int,
         on_batch: Callable[[int], None] = lambda weight: None,
+        on_waiting: Callable[[int], None] = lambda items: None,
     ) -> None:
         self._work = work
         self._thread = thread
         self._most = most
         self._on_batch = on_batch
+        self._on_waiting = on_waiting
         self._waiting: list[_Waiting[T, R]] = []
         self._numbers = itertools.count()
         self._runner: asyncio.Task[None] | None = None
@@ -57,6 +60,7 @@ class Batcher(Generic[T, R]):
         future: asyncio.Future[tuple[R, float]] = asyncio.get_running_loop().create_future()
         waiting = _Waiting(turn, next(self._numbers), item, weight, future, time.perf_counter())
         heapq.heappush(self._waiting, waiting)
+        self._on_waiting(len(self._waiting))
         if self._runner is None:
             self._runner = asyncio.create_task(self._run())
         return await future
@@ -92,6 +96,7 @@ class Batcher(Generic[T, R]):
             batch.append(heapq.heappop(self._waiting))
             weight += batch[-1].weight
         self._on_batch(weight)
+        self._on_waiting(len(self._waiting))
         return batch
 
     def _attempt(self, items: Sequence[T]) -> Sequence[R | Exception]:

@@ -44,6 +44,7 @@ class TextCache:
     All features lie in one matrix, so that a list of known labels is one gather, whatever its length. The matrix is
     reserved in full at the first `store`; memory is only taken where something was written.
     most_bytes: bound on all that is kept, labels and templates included. Where it is reached, an eighth is freed.
+    bytes: that are kept now. forgotten: how many features had to make room so far.
     """
 
     def __init__(self, most_bytes: int = 256 * 2**20) -> None:
@@ -56,6 +57,7 @@ class TextCache:
         self._clock = 0
         self._lock = Lock()
         self.bytes = 0
+        self.forgotten = 0
 
     def __len__(self) -> int:
         """How many features are kept."""
@@ -124,6 +126,7 @@ class TextCache:
             del group.rows[label]
             self._owners[row] = None
             self._free.append(row)
+            self.forgotten += 1
             self.bytes -= self._size(label)
             if not group.rows:
                 del self._groups[group.templates]

@@ -117,12 +117,13 @@ class Texts:
             return {}
         encoded = self._encode(texts)
         self._metrics.count("pmgaft_texts_encoded_total", len(texts))
-        fresh = {}
+        fresh, forgotten = {}, self._cache.forgotten
         for templates, labels in wanted.items():
             count = len(labels) * len(templates)
             features, encoded = mean_over_templates(encoded[:count], len(templates)), encoded[count:]
             self._cache.store(labels, templates, features)
             fresh[templates] = dict(zip(labels, features, strict=True))
+        self._metrics.count("pmgaft_label_cache_evictions_total", self._cache.forgotten - forgotten)
         self._metrics.set("pmgaft_label_cache_bytes", self._cache.bytes)
         self._metrics.set("pmgaft_label_cache_labels", len(self._cache))
         return fresh

@@ -281,6 +281,7 @@ class Server:
             torchserve_metrics=f"http://127.0.0.1:{metrics}/metrics",
             ready=self.ready,
             alive=self.alive,
+            processes=self.processes,
             documents={"/openapi.json": openapi(self.url)},
         )
         self._write_files(ports)
@@ -299,6 +300,11 @@ class Server:
     def workers(self) -> list[int]:
         """Process ids of the workers."""
         return [int(worker["pid"]) for worker in self._workers()]
+
+    def processes(self) -> dict[str, int]:
+        """Process ids by name: "torchserve", and of each worker "worker 0" and so on, by its place."""
+        workers = sorted(self._workers(), key=lambda worker: str(worker["id"]))
+        return {"torchserve": self._process.pid} | {f"worker {n}": int(one["pid"]) for n, one in enumerate(workers)}
 
     def wait_until_ready(self, on_progress: Callable[[str], None]) -> None:
         """Until every worker is READY and one prediction was answered over HTTP.
