@@ -4,13 +4,21 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check clean
+.PHONY: demo test test-system check docs clean
 
 demo: $(STAMP)
 	$(BIN)/python -m pmgaft_serve.demo --output-dir demo-output
 
 test: check
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# What also needs programs that pip does not bring; the tests name what is missing.
+test-system: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m system
+
+# The pages that are made from code.
+docs: $(STAMP)
+	$(BIN)/python -m pmgaft_serve.documents docs
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
