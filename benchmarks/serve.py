@@ -45,7 +45,8 @@ from pmgaft.errors import ServerError
 from pmgaft_export.bundle import Bundle, open_bundle
 from pmgaft_serve.bench import Load, Report, Target, drawn, form_message, picture, rotating, run, target_of
 from pmgaft_serve.engines import Engine, open_engine
-from pmgaft_serve.service import Settings, rank
+from pmgaft_serve.ranking import rank
+from pmgaft_serve.service import Settings
 from pmgaft_serve.torchserve import ServeOptions, Server, free_ports, serving
 
 HERE = Path(__file__).parent

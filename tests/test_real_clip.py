@@ -143,4 +143,4 @@ def test_the_served_bundle_answers_over_http_as_the_trained_model(
         answer = client.classify(picture.getvalue(), Question(labels=LABELS, probe={"eps": "1/255", "steps": 2}))
     assert {p.label: p.probability for p in answer.predictions} == pytest.approx(expected, abs=1e-3)
     assert answer.probe is not None
-    assert answer.probe.threat_model["eps"] == "1/255"
+    assert answer.probe.threat_model.eps == "1/255"

@@ -1,163 +1,39 @@
-"""The service behind any front end, with encoders that can be followed by hand.
-
-The fake image encoder's feature of a picture is the direction of its mean colour; a label is a colour's name.
-"""
+"""The service behind any front end. What it says of probes is tested in test_probe_serving.py."""
 
 import asyncio
-import io
-import json
 import runpy
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import prometheus_client
 import pytest
 import torch
-from PIL import Image
+from colour_service import BLUE, GREEN, POISON, RED, Bench, ask, benches, code, colour_png, content, run, until
 from torch import Tensor
 
 from pmgaft.clip.ensembles import named_templates
-from pmgaft.clip.preprocess import PreprocessSpec
-from pmgaft.probe import ProbeReport, ProbeSettings
-from pmgaft.threat import ThreatModel
 from pmgaft_serve import service as service_module
 from pmgaft_serve.label_sets import LabelSet
-from pmgaft_serve.metrics import Metrics, total
-from pmgaft_serve.protocol import Limits, ModelInfo, Prediction
-from pmgaft_serve.service import Incoming, Model, Record, Reply, Service, Settings, probe_answer
+from pmgaft_serve.protocol import Limits
+from pmgaft_serve.service import Incoming, Reply
 
-T = TypeVar("T")
 HERE = Path(__file__).parent
 REQUESTS = runpy.run_path(str(HERE / "hostile" / "requests.py"))["CASES"]
 IMAGES = runpy.run_path(str(HERE / "hostile" / "images.py"))["CASES"]
 
-COLOURS = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0), "grey": (1.0, 1.0, 1.0)}
-POISON = (1, 2, 3)  # a picture of this colour makes the fake encoder fail
-
-
-def colour_png(colour: tuple[int, int, int]) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), colour).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-RED, GREEN, BLUE = colour_png((200, 30, 30)), colour_png((30, 200, 30)), colour_png((30, 30, 200))
-
-
-class Encoder:
-    """Mean colours; records batch sizes, waits while `gate` is closed, and fails for poison."""
-
-    def __init__(self) -> None:
-        self.gate = threading.Event()
-        self.gate.set()
-        self.entered = threading.Event()
-        self.batches: list[int] = []
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        self.batches.append(len(pixels))
-        self.entered.set()
-        assert self.gate.wait(20)
-        means = pixels.mean(dim=(2, 3))
-        if ((means * 255).round() == torch.tensor(POISON)).all(dim=1).any():
-            raise RuntimeError("secret: /home/user/key")
-        return torch.nn.functional.normalize(means, dim=1)
-
-
-class Texts:
-    """Directions of the colours that are named; records what was encoded, and waits while `gate` is closed."""
-
-    def __init__(self) -> None:
-        self.gate = threading.Event()
-        self.gate.set()
-        self.entered = threading.Event()
-        self.calls: list[tuple[str, ...]] = []
-
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        self.calls.append(tuple(texts))
-        self.entered.set()
-        assert self.gate.wait(20)
-        named = [next((name for name in COLOURS if name in text), None) for text in texts]
-        rows = [COLOURS[name] if name else (0.3, 0.2, 0.1) for name in named]
-        return torch.nn.functional.normalize(torch.tensor(rows), dim=1)
-
-
-class Bench:
-    """A service over the fake encoders, with its metrics."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        draining: Callable[[], bool] = lambda: False,
-        sets: Sequence[LabelSet] = (),
-        warm: Sequence[LabelSet] = (),
-    ) -> None:
-        self.encoder, self.gradient, self.texts = Encoder(), Encoder(), Texts()
-        self.records: list[Record] = []
-        self.metrics = Metrics()
-        model = Model(
-            info=ModelInfo(name="colours", bundle="sha256:0", engine="fake-cpu", format="fake"),
-            image=self.encoder,
-            gradient=self.gradient,
-            text=self.texts,
-            preprocess=PreprocessSpec(size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3),
-            logit_scale=10.0,
-        )
-        self.service = Service(model, settings, self.metrics, draining, self.records.append, sets, warm)
-
-    async def ask(self, image: bytes = RED, labels: str = "red,green,blue", **fields: str) -> Reply:
-        form = {"image": image, "labels": labels.encode()} | {name: text.encode() for name, text in fields.items()}
-        return await self.service.answer(Incoming(fields=form, content_type="multipart/form-data", request_id="id"))
-
-    def counted(self, name: str, /, **labels: str) -> float:
-        return total(prometheus_client.generate_latest(self.metrics.registry).decode(), name, **labels)
-
 
 @pytest.fixture
 def make() -> Iterator[Callable[..., Bench]]:
-    made: list[Bench] = []
-
-    def bench(
-        draining: Callable[[], bool] = lambda: False,
-        sets: Sequence[LabelSet] = (),
-        warm: Sequence[LabelSet] = (),
-        **settings: Any,
-    ) -> Bench:
-        made.append(Bench(Settings(**settings), draining, sets, warm))
-        return made[-1]
-
-    yield bench
-    for one in made:
-        one.service.close()
+    with benches() as bench:
+        yield bench
 
 
 @pytest.fixture
 def bench(make: Callable[..., Bench]) -> Bench:
     return make()
-
-
-def run(work: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run(asyncio.wait_for(work, 30))
-
-
-def ask(bench: Bench, *arguments: Any, **fields: Any) -> Reply:
-    return run(bench.ask(*arguments, **fields))
-
-
-def content(reply: Reply) -> Any:
-    return json.loads(reply.body)
-
-
-def code(reply: Reply) -> str:
-    return str(content(reply)["error"]["code"])
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.005)
 
 
 # answers
@@ -468,153 +344,6 @@ def test_limits_can_be_set(make: Callable[..., Bench]) -> None:
     assert code(ask(bench, bytes(2000))) == "request_too_large"
 
 
-# probes
-
-
-def test_a_probe_that_breaks_the_answer_says_so_with_its_threat_model(bench: Bench) -> None:
-    nearly_green = colour_png((120, 118, 30))
-    answer = content(ask(bench, nearly_green, "red,green", probe="4/255"))
-    probe = answer["probe"]
-    assert answer["predictions"][0]["label"] == "red"
-    assert probe["verdict"] == "broken"
-    assert probe["adversarial"]["label"] == "green"
-    assert probe["threat_model"] == {"norm": "linf", "eps": "4/255", "eps_value": 4 / 255, "grid": "model-input"}
-    assert probe["attack"]["steps"] == 20
-    assert "linf, eps 4/255, model-input grid" in probe["statement"]
-    assert "probe" in answer["timing_ms"]
-    assert bench.counted("pmgaft_probes_total", verdict="broken", eps="4/255") == 1
-    assert bench.counted("pmgaft_probe_gradients_total") == probe["gradients"] > 0
-
-
-def test_a_probe_that_finds_nothing_claims_no_more_than_that(bench: Bench) -> None:
-    probe = content(ask(bench, RED, "red,green", probe="1/255"))["probe"]
-    assert probe["verdict"] == "not_broken"
-    assert "adversarial" not in probe
-    assert "found no image" in probe["statement"]
-    assert "others may exist" in probe["statement"]
-    for word in ("robust", "safe", "proven", "secure"):
-        assert word not in json.dumps(probe)
-
-
-def test_a_probe_searches_the_smallest_eps_and_heeds_target_and_norm(bench: Bench) -> None:
-    nearly_green = colour_png((120, 118, 30))
-    asked = {"eps": "4/255", "target": "green", "min_eps": True}
-    probe = content(ask(bench, nearly_green, "red,green,blue", probe=json.dumps(asked)))["probe"]
-    assert probe["verdict"] == "broken"
-    assert probe["min_eps"]["label"] == "green"
-    assert 0 < probe["min_eps"]["eps_value"] <= 4 / 255
-    assert probe["gradients"] > probe["min_eps"]["gradients"]
-    away = content(ask(bench, nearly_green, "red,green,blue", probe='{"eps": "4/255", "target": "blue"}'))["probe"]
-    assert away["verdict"] == "not_broken"
-    wide = content(ask(bench, nearly_green, "red,green", probe=json.dumps({"eps": 2, "norm": "l2"})))["probe"]
-    assert (wide["verdict"], wide["threat_model"]["norm"]) == ("broken", "l2")
-    assert "min_eps" not in wide
-
-
-def test_each_of_several_images_gets_its_own_probe(bench: Bench) -> None:
-    fields = {
-        "image.0": colour_png((120, 118, 30)),
-        "image.1": b"no image",
-        "image.2": RED,
-        "labels": b"red,green",
-        "probe": b"4/255",
-    }
-    results = content(run(bench.service.answer(Incoming(fields=fields, content_type="multipart/form-data"))))["results"]
-    assert results[0]["probe"]["verdict"] == "broken"
-    assert "probe" not in results[1]
-    assert results[2]["probe"]["verdict"] == "not_broken"
-
-
-def test_plain_requests_are_answered_beside_a_probe_and_one_probe_too_many_is_refused(
-    make: Callable[..., Bench],
-) -> None:
-    bench = make(probes=1, probe_queue=1)
-
-    async def scene() -> tuple[Reply, Reply, list[Reply]]:
-        bench.gradient.gate.clear()
-        running = asyncio.create_task(bench.ask(probe="1/255"))
-        await until(bench.gradient.entered.is_set)
-        waiting = asyncio.create_task(bench.ask(probe="1/255"))
-        await until(lambda: bench.service._probing == 2)
-        plain = await bench.ask(GREEN)  # would never come back if the probe held it up
-        refused = await bench.ask(probe="1/255")
-        bench.gradient.gate.set()
-        return plain, refused, [await running, await waiting]
-
-    plain, refused, probed = run(scene())
-    assert plain.status == 200
-    assert (refused.status, code(refused)) == (429, "probe_busy")
-    assert int(refused.headers["Retry-After"]) > 0
-    assert [content(reply)["probe"]["verdict"] for reply in probed] == ["not_broken", "not_broken"]
-    assert bench.counted("pmgaft_rejected_total", reason="probe_busy") == 1
-
-
-def test_a_server_without_probes_says_so(make: Callable[..., Bench]) -> None:
-    reply = ask(make(probes=0), probe="1/255")
-    assert (reply.status, code(reply)) == (403, "probe_disabled")
-
-
-def test_a_failed_probe_gives_its_turn_back(make: Callable[..., Bench]) -> None:
-    bench = make(probes=1, probe_queue=0)
-    for _ in range(3):
-        assert code(ask(bench, b"no image", probe="1/255")) == "image_invalid"
-    assert ask(bench, probe="1/255").status == 200
-
-
-def test_memory_that_does_not_suffice_for_a_probe_is_no_verdict(bench: Bench) -> None:
-    def starve(pixels: Tensor) -> Tensor:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-
-    object.__setattr__(bench.service.model, "gradient", starve)
-    reply = ask(bench, probe="1/255")
-    assert (reply.status, code(reply)) == (503, "out_of_memory")
-    assert "Retry-After" in reply.headers
-    assert ask(bench).status == 200
-
-
-def report(clean: int = 0, adversarial: int = 1, verdict: str = "broken") -> ProbeReport:
-    return ProbeReport(
-        verdict=verdict,  # type: ignore[arg-type]
-        reason=None,
-        settings=ProbeSettings(threat=ThreatModel(eps=1 / 255)),
-        clean_index=clean,
-        adversarial_index=adversarial,
-        probabilities_before=[0.6, 0.4],
-        probabilities_after=[0.4, 0.6],
-        margin_before=0.4,
-        margin_after=-0.4,
-        distance=1 / 255,
-        attack_gradients=20,
-        gradients=20,
-        forwards=22,
-        seconds=0.1,
-        zero_gradient_share=0.0,
-        curves=(),
-        adversarial_pixels=torch.zeros(3, 8, 8),
-        min_eps=None,
-        targets=(),
-        health=(),
-    )
-
-
-def prediction(label: str) -> Prediction:
-    return Prediction(label=label, probability=0.6, similarity=0.3)
-
-
-def test_an_image_that_breaks_one_encoder_and_not_the_served_one_is_no_break() -> None:
-    answer = probe_answer(report(), ["red", "green"], prediction("red"), prediction("red"))
-    assert answer.verdict == "inconclusive"
-    assert "not the engine that serves" in (answer.reason or "")
-    assert (answer.reason or "") in answer.statement
-
-
-def test_an_attack_on_another_answer_than_the_served_one_is_no_verdict() -> None:
-    for verdict in ("broken", "not_broken"):
-        answer = probe_answer(report(clean=1, verdict=verdict), ["red", "green"], prediction("red"), None)
-        assert answer.verdict == "inconclusive"
-        assert "'green'" in (answer.reason or "")
-
-
 # the log
 
 
@@ -673,10 +402,9 @@ def test_the_first_request_finds_everything_loaded_and_encodes_no_size_for_the_f
     script = """
 import asyncio, json, sys
 sys.path.insert(0, sys.argv[1])
-from test_service import Bench, Settings, content
+from colour_service import Bench, Settings
 bench = Bench(Settings(batch=4))
 bench.service.warm_up()
-from test_service import RED, GREEN
 import io
 from PIL import Image
 picture = io.BytesIO()

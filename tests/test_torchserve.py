@@ -16,6 +16,8 @@ from pydantic import TypeAdapter
 from pmgaft.cli import main
 from pmgaft.errors import InputError, ServerError
 from pmgaft_serve import torchserve
+from pmgaft_serve.probing import ProbePolicy
+from pmgaft_serve.sampling import SamplePolicy
 from pmgaft_serve.service import Settings
 from pmgaft_serve.torchserve import Ports, ServeOptions, check_port, config_properties, find_java, free_ports
 
@@ -110,7 +112,8 @@ def test_the_archive_holds_names_and_no_weights(tmp_path: Path) -> None:
 
 
 def test_the_worker_reads_the_settings_that_were_written(tmp_path: Path) -> None:
-    settings = Settings(token="t: 'x", probes=3, probe_seconds=1.5)
+    probe = ProbePolicy(allow="token", token="p", images=True, rate=9, seconds=1.5)
+    settings = Settings(token="t: 'x", probe=probe, sample=SamplePolicy(rate=0.01, eps=(0.001, 0.01)))
     config = torchserve.model_config(ServeOptions(bundle=Path("/b"), settings=settings), tmp_path)
     written = yaml.safe_load(yaml.safe_dump(config))["pmgaft"]["settings"]
     assert TypeAdapter(Settings).validate_python(written) == settings

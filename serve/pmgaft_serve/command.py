@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
+
+from .probe_options import classify_options, probe_fields, probe_policy, sample_policy, serve_options
 
 if TYPE_CHECKING:
     import torch
@@ -46,10 +49,7 @@ ENGINES = (
     help="auto, an engine (torchscript, onnxruntime, tensorrt, aotinductor), or a format of the bundle (onnx-int8 ..).",
 )  # fmt: skip
 @click.option("--token", envvar="PMGAFT_TOKEN", help="Ask clients for this token; better given as PMGAFT_TOKEN.")
-@click.option("--probes", default=1, show_default=True, type=click.IntRange(0, 64), help="Probes at once; 0: none.")
-@click.option(
-    "--probe-seconds", default=30.0, show_default=True, type=click.FloatRange(0.1), help="Most for one probe."
-)
+@serve_options
 @click.option("--max-requests", default=64, show_default=True, type=click.IntRange(1), help="In work; others get 503.")
 @click.option(
     "--limit", "limits", multiple=True, metavar="NAME=VALUE", help="Of one request, such as labels=5000 (see below)."
@@ -92,8 +92,6 @@ def serve(
     device: str,
     engine: str,
     token: str | None,
-    probes: int,
-    probe_seconds: float,
     max_requests: int,
     limits: tuple[str, ...],
     label_sets: tuple[str, ...],
@@ -102,6 +100,7 @@ def serve(
     log_format: str,
     start_seconds: float,
     drain_seconds: float,
+    **probing: Any,
 ) -> None:
     """Serve BUNDLE_OR_NAME over HTTP until Ctrl-C: a bundle's directory, a run, `mini` or `mini-robust`.
 
@@ -112,8 +111,9 @@ def serve(
     Names for --limit, with their defaults:
       request_bytes 33554432, answer_bytes 8388608, image_bytes 20971520,
       image_pixels 50000000, images 16, labels 1000, label_characters 300,
-      templates 100, texts 10000 (labels times templates not seen before),
-      steps 200, restarts 10
+      templates 100, texts 10000 (labels times templates not seen before);
+      of a probe: probe_images 16, probe_labels 1000, steps 200, restarts 10,
+      targets 10, square 500, draws 1000
 
     \b
     Example:
@@ -134,8 +134,9 @@ def serve(
     if not is_loopback(host) and not token:
         message = f"{host} can be reached from other machines; give a --token that clients must send"
         raise InputError(message, field="host", code="token_missing")
-    if token is not None and not (token.isascii() and token.isprintable() and token.strip() == token and token):
-        raise InputError("a token is one or more printable ASCII characters", field="token", code="token_invalid")
+    for one in (token, probing["probe_token"]):
+        if one is not None and not (one.isascii() and one.isprintable() and one.strip() == one and one):
+            raise InputError("a token is one or more printable ASCII characters", field="token", code="token_invalid")
     processes = workers or _gpus(pick_device(device), device)
     cores = max(1, _cores() // processes)
     limited = _limits(limits)
@@ -151,8 +152,8 @@ def serve(
         threads=threads or cores,
         decoders=decoders or threads or cores,
         cache_bytes=label_cache * 2**20,
-        probes=probes,
-        probe_seconds=probe_seconds,
+        probe=probe_policy(probing, loopback=is_loopback(host), workers=processes),
+        sample=sample_policy(probing),
     )
     options = ServeOptions(
         bundle=bundle.directory,
@@ -288,10 +289,7 @@ def _banner(server: Server, name: str) -> None:
 @click.option("--template", multiple=True, help='Prompt with one "{}" for the label; several are averaged.')
 @click.option("--templates", help='A standard set of prompts by name, such as "imagenet".')
 @click.option("--top-k", type=click.IntRange(1), help="Show only the most probable labels.")
-@click.option("--probe", is_flag=True, help="Attack each answer, and say whether it broke.")
-@click.option("--eps", default="1/255", show_default=True, help="With --probe: largest change of a pixel (linf).")
-@click.option("--steps", default=20, show_default=True, type=click.IntRange(1), help="With --probe: gradient steps.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="With --probe: of the random start.")
+@classify_options
 @click.option("--url", default="http://127.0.0.1:8080", show_default=True, envvar="PMGAFT_URL", help="The server.")
 @click.option("--token", envvar="PMGAFT_TOKEN", help="What the server asks for; better given as PMGAFT_TOKEN.")
 @click.option("--json", "as_json", is_flag=True, help="The server's answers as they are, one line an image.")
@@ -303,14 +301,11 @@ def classify(
     template: tuple[str, ...],
     templates: str | None,
     top_k: int | None,
-    probe: bool,
-    eps: str,
-    steps: int,
-    seed: int,
     url: str,
     token: str | None,
     as_json: bool,
     fail_on_broken: bool,
+    **probing: Any,
 ) -> int:
     """Rank labels for IMAGES by a running server, and on request attack its answers.
 
@@ -322,10 +317,11 @@ def classify(
     Example:
       pmgaft classify cat.jpg --labels cat,dog,toaster
       pmgaft classify cat.jpg --labels cat,dog,toaster --probe --eps 1/255 --fail-on-broken
+      pmgaft classify cat.jpg --labels cat,lion,dog --probe --min-eps --targets 2 --health
     """
     from .client import Client, Question
 
-    if fail_on_broken and not probe:
+    if fail_on_broken and not probing["probe"]:
         raise click.UsageError("--fail-on-broken needs --probe")
     if template and templates:
         raise click.UsageError("give either --template or --templates")
@@ -333,13 +329,18 @@ def classify(
         labels=label_list(labels, label_file),
         templates=templates or template or None,
         top_k=top_k,
-        probe=_probe(eps, steps, seed) if probe else None,
+        probe=probe_fields(probing),
     )
+    saved = probing["save_adversarial"]
+    if saved is not None and len(images) > 1:
+        raise click.UsageError("--save-adversarial takes one image")
     with Client(url, token) as client:
-        return _ask(client, images, question, as_json, EXIT_BROKEN if fail_on_broken else 0)
+        return _ask(client, images, question, as_json, saved, EXIT_BROKEN if fail_on_broken else 0)
 
 
-def _ask(client: Client, images: tuple[Path, ...], question: Question, as_json: bool, broken_code: int) -> int:
+def _ask(
+    client: Client, images: tuple[Path, ...], question: Question, as_json: bool, saved: Path | None, broken_code: int
+) -> int:
     """Ask about each image; one that fails does not keep the others from being answered."""
     from pmgaft.console import note, step
     from pmgaft.errors import ImageError
@@ -357,6 +358,8 @@ def _ask(client: Client, images: tuple[Path, ...], question: Question, as_json: 
             note(f"{image}: {error.message}")
             failed = failed or error.exit_code
             continue
+        if saved is not None and answer.probe is not None and answer.probe.image is not None:
+            saved.write_bytes(base64.b64decode(answer.probe.image.png_base64))
         _show(image, answer, as_json)
         if answer.probe is not None and answer.probe.verdict == "broken":
             broken = broken_code
@@ -386,10 +389,3 @@ def label_list(labels: tuple[str, ...], label_file: Path | None) -> list[str] | 
     if not listed:
         raise click.UsageError("give --labels cat,dog,toaster or --label-file FILE")
     return listed
-
-
-def _probe(eps: str, steps: int, seed: int) -> dict[str, Any]:
-    from pmgaft.threat import parse_eps
-
-    parse_eps(eps)  # a slip is told before anything is sent
-    return {"eps": eps, "steps": steps, "seed": seed}

@@ -84,7 +84,8 @@ def _service(config: Mapping[str, Any], gpu_id: int | None) -> Service:
     from .engines import worker_device
     from .label_sets import load_label_sets
     from .metrics import Metrics
-    from .service import Service, Settings, model_of
+    from .model import model_of
+    from .service import Service, Settings
 
     settings = TypeAdapter(Settings).validate_python(config["settings"])
     device = worker_device(config["device"], gpu_id)

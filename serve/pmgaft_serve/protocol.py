@@ -21,10 +21,11 @@ from pydantic.json_schema import models_json_schema
 from pmgaft import __version__
 from pmgaft.clip.preprocess import ImageLimits
 from pmgaft.clip.text import DEFAULT_TEMPLATES, check_labels, fill
-from pmgaft.errors import InputError, LabelsError, PmgaftError, ThreatError, quote
-from pmgaft.threat import Norm, ThreatModel, parse_eps
+from pmgaft.errors import InputError, LabelsError, PmgaftError, quote
 
+from . import probe_protocol
 from .label_sets import MARK, LabelSet, templates_from
+from .probe_protocol import ProbeAnswer, ProbeModel, ProbeOptions, only_eps, probe_options
 
 LabelSets = Mapping[str, LabelSet]
 NO_SETS: LabelSets = {}
@@ -43,9 +44,8 @@ STATUS: dict[str, int] = {
     "images_ambiguous": 400,
     "labels_missing": 400,
     "label_not_string": 400,
-    # 401, 403: not allowed
+    # 401: not allowed
     "token_invalid": 401,
-    "probe_disabled": 403,
     # 413: too large
     "request_too_large": 413,
     "image_too_large": 413,
@@ -70,25 +70,18 @@ STATUS: dict[str, int] = {
     "templates_too_many": 422,
     "texts_too_many": 422,
     "top_k_invalid": 422,
-    "eps_invalid": 422,
-    "norm_invalid": 422,
-    "steps_invalid": 422,
-    "step_size_invalid": 422,
-    "restarts_invalid": 422,
-    "seed_invalid": 422,
-    "target_invalid": 422,
     "answer_too_large": 422,
-    # 429, 503: not now; both come with Retry-After
-    "probe_busy": 429,
+    # 503: not now; with Retry-After
     "overloaded": 503,
     "draining": 503,
     "out_of_memory": 503,
     # 500: our mistake
     "internal": 500,
-}
+} | probe_protocol.STATUS
 """Every error code an answer can carry, and its HTTP status."""
 
-RETRY_AFTER_SECONDS: dict[str, int] = {"probe_busy": 5, "overloaded": 1, "draining": 10, "out_of_memory": 5}
+RETRY_AFTER_SECONDS: dict[str, int] = {"overloaded": 1, "draining": 10, "out_of_memory": 5}
+"""For probes that are refused for now, it is known when to come back (`probing.LaterError`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +89,9 @@ class Limits:
     """What one request may ask for.
 
     request_bytes: of the whole body; answer_bytes: of the answer's. texts: labels times templates that the server has
-    not seen before. labels: in a list; those of a named set are the operator's affair.
+    not seen before. labels: in a list; those of a named set are the operator's affair. probe_images, probe_labels: of a
+    request that asks for a probe. steps, restarts: of a probe, for each loss. targets: answers with a search of their
+    own. square: queries without gradients. draws: noisy images of a certificate.
     """
 
     request_bytes: int = 32 * 2**20
@@ -107,22 +102,13 @@ class Limits:
     label_characters: int = 300
     templates: int = 100
     texts: int = 10_000
+    probe_images: int = 16
+    probe_labels: int = 1000
     steps: int = 200
     restarts: int = 10
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProbeOptions:
-    """What a request asks of a probe. step_size: None is the attack's own default. target: the label that the answer
-    must become; None: any other. min_eps: also search the smallest eps that changes the answer."""
-
-    threat: ThreatModel
-    steps: int
-    restarts: int
-    step_size: float | None
-    seed: int
-    target: str | None = None
-    min_eps: bool = False
+    targets: int = 10
+    square: int = 500
+    draws: int = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,26 +128,6 @@ class Request:
     lint: bool
 
 
-def _only_eps(value: object) -> object:
-    """The short form of a probe: `"1/255"` stands for `{"eps": "1/255"}`."""
-    return {"eps": value} if isinstance(value, str | int | float) and not isinstance(value, bool) else value
-
-
-class ProbeModel(BaseModel):
-    """How to attack the image: inside `eps` of it, by `steps` gradient steps from each of `restarts` random starts."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    eps: str | int | float = Field("1/255", description="Largest change of a pixel, pixels lying in [0, 1].")
-    norm: Literal["linf", "l2"] = "linf"
-    steps: int = Field(20, ge=1)
-    restarts: int = Field(1, ge=1)
-    step_size: str | int | float | None = Field(None, description="In the unit of eps; by default 2.5 eps / steps.")
-    seed: int = Field(0, ge=0, le=2**31 - 1)
-    target: str | None = Field(None, description="The label that the answer must become; any other by default.")
-    min_eps: bool = Field(False, description="Also search the smallest eps that changes the answer.")
-
-
 class RequestModel(BaseModel):
     """A picture (or several) and the labels to rank for it."""
 
@@ -179,7 +145,7 @@ class RequestModel(BaseModel):
     )
     top_k: int | None = Field(None, ge=1, description="How many predictions to answer; all by default.")
     probe: Annotated[
-        ProbeModel | None, BeforeValidator(_only_eps, json_schema_input_type=ProbeModel | str | float | None)
+        ProbeModel | None, BeforeValidator(only_eps, json_schema_input_type=ProbeModel | str | float | None)
     ] = None
     lint: bool = Field(False, description="Also name labels that are hard to tell apart, whatever the picture.")
 
@@ -190,46 +156,6 @@ class Prediction(BaseModel):
     label: str
     probability: float
     similarity: float
-
-
-class Adversarial(BaseModel):
-    """The model's first label for the attacked image."""
-
-    label: str
-    probability: float
-
-
-class SmallestEps(BaseModel):
-    """The smallest change found that changes the answer, an upper bound; eps is missing where none was found.
-
-    failed_eps: the largest smaller eps at which an attempt found nothing. first_order: what a linear model would need.
-    """
-
-    eps: str | None = None
-    eps_value: float | None = None
-    label: str | None = None
-    failed_eps: str
-    first_order: str | None = None
-    resolution: float
-    finished: bool
-    gradients: int
-
-
-class ProbeAnswer(BaseModel):
-    """What an attack on this very answer found, under the stated threat model and budget, and nothing beyond it."""
-
-    verdict: Literal["broken", "not_broken", "inconclusive"]
-    reason: str | None = None
-    threat_model: dict[str, str | float]
-    attack: dict[str, int | float | str]
-    clean: Adversarial
-    adversarial: Adversarial | None = None
-    min_eps: SmallestEps | None = None
-    gradients: int
-    forwards: int
-    zero_gradient_share: float
-    seconds: float
-    statement: str
 
 
 class ModelInfo(BaseModel):
@@ -448,15 +374,7 @@ _RIGHT = {
     "lint": "true or false",
     "top_k": "a whole number from 1 upwards",
     "probe": 'an object such as {"eps": "1/255", "steps": 20}, or just "1/255"',
-    "eps": 'a number such as "1/255" or 0.0039',
-    "norm": '"linf" or "l2"',
-    "target": "one of the labels",
-    "min_eps": "true or false",
-    "steps": "a whole number from 1 upwards",
-    "restarts": "a whole number from 1 upwards",
-    "step_size": 'a number such as "0.25/255"',
-    "seed": "a whole number from 0 to 2147483647",
-}
+} | probe_protocol.RIGHT
 
 
 def _validate(raw: dict[str, Any]) -> RequestModel:
@@ -491,7 +409,7 @@ def _mistake(kind: str, where: tuple[int | str, ...]) -> InputError:
         "images": "field_invalid",
         "probe": "field_invalid",
         "lint": "field_invalid",
-        "min_eps": "field_invalid",
+        **dict.fromkeys(("min_eps", "health", "survival", "return_image"), "field_invalid"),
     }
     return InputError(f"{name} must be {_RIGHT[name]}", field=field, code=codes.get(name, f"{name}_invalid"))
 
@@ -513,10 +431,7 @@ def _request(
         _check_templates(templates, limits)
     if not images:
         raise InputError("the image is missing", field="image", code="image_missing")
-    probe = _probe_options(model.probe, labels, limits) if model.probe is not None else None
-    if probe is not None and len(labels) < 2:
-        message = "a probe needs at least two labels: with one there is nothing to change the answer to"
-        raise InputError(message, field="labels", code="labels_too_few")
+    probe = None if model.probe is None else probe_options(model.probe, labels, templates, len(images), limits)
     return Request(
         images=tuple(images),
         several=several,
@@ -559,37 +474,6 @@ def _check_templates(templates: Sequence[str], limits: Limits) -> None:
             message = f"template {quote(template)} has {len(template)} characters; at most {most} are allowed"
             raise InputError(message, field="templates", code="template_invalid")
         fill(template, "")
-
-
-def _probe_options(model: ProbeModel, labels: Sequence[str], limits: Limits) -> ProbeOptions:
-    if model.target is not None and model.target not in labels:
-        message = f"the target {quote(model.target)} is none of the labels"
-        raise LabelsError(message, field="probe.target", code="target_invalid")
-    for name, value, most in (("steps", model.steps, limits.steps), ("restarts", model.restarts, limits.restarts)):
-        if value > most:
-            message = f"{name} {quote(value)} is too much; at most {most} are allowed"
-            raise ThreatError(message, field=f"probe.{name}", code=f"{name}_invalid")
-    threat = ThreatModel(norm=model.norm, eps=_radius(model.eps, model.norm, "eps"))
-    step_size = None if model.step_size is None else _radius(model.step_size, model.norm, "step_size")
-    if step_size == 0:
-        raise ThreatError("step_size must be above 0", field="probe.step_size", code="step_size_invalid")
-    return ProbeOptions(
-        threat=threat,
-        steps=model.steps,
-        restarts=model.restarts,
-        step_size=step_size,
-        seed=model.seed,
-        target=model.target,
-        min_eps=model.min_eps,
-    )
-
-
-def _radius(value: str | float, norm: Norm, name: str) -> float:
-    try:
-        return parse_eps(value, norm)
-    except ThreatError as error:
-        message = error.message.replace("eps", name, 1)
-        raise ThreatError(message, field=f"probe.{name}", code=f"{name}_invalid") from None
 
 
 def _short(name: str) -> str:

@@ -7,8 +7,8 @@ A request passes these stages, each where it delays nobody:
     text        known labels from the cache on the loop; unknown ones of all requests are encoded together in a thread
     image       in the encoder's thread, in batches that form while it is busy: a lone request waits for nobody
     rank        on the loop: one small matrix product
-    probe       in threads of their own, of lower priority, with a short queue; an attack needs the gradient, so it runs
-                on the differentiable encoder, and what it finds counts if it changes the served encoder's answer too
+    probe       in a thread of its own, of lower priority, each step between plain requests (`probing`); and of a share
+                of what was answered without one, once the answer has left (`sampling`)
 
 Letters: K labels, D features, H, W. All methods of Service run on one event loop.
 """
@@ -16,15 +16,12 @@ Letters: K labels, D features, H, W. All methods of Service run on one event loo
 from __future__ import annotations
 
 import asyncio
-import hmac
 import io
 import logging
-import os
-import sys
-import threading
+import random
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -35,20 +32,20 @@ from torch import Tensor
 
 from pmgaft import __version__
 from pmgaft.clip.lint import lint, wording_distance
-from pmgaft.clip.preprocess import PreprocessSpec, read_pixels
-from pmgaft.clip.text import TextEncoder
+from pmgaft.clip.preprocess import read_pixels
 from pmgaft.errors import InputError, PmgaftError
-from pmgaft.probe import ProbeReport, ProbeSettings, eps_text, probe
-from pmgaft.threat import ThreatModel, format_eps
-from pmgaft_export.bundle import Bundle
 
-from . import protocol
+from . import probing, protocol
 from .batching import Batcher
-from .engines import Encode, differentiable, guarded_memory, open_engine
 from .label_sets import LabelSet
-from .metrics import STAGES, Metrics, eps_label
-from .protocol import STATUS, Adversarial, Limits, LintFinding, Prediction, ProbeAnswer, ProbeOptions, Request, Result
+from .metrics import STAGES, Metrics
+from .model import Model
+from .probing import LaterError, ProbePolicy, Prober, Target, same_token
+from .protocol import STATUS, Limits, LintFinding, Prediction, Request, Result
+from .ranking import rank
+from .sampling import Sample, SamplePolicy, Sampler
 from .texts import Texts
+from .threads import thread_pool
 
 logger = logging.getLogger(__name__)
 
@@ -66,9 +63,8 @@ class Settings:
 
     token: what clients must send as "Authorization: Bearer TOKEN"; None lets everybody in.
     requests: accepted and unanswered at most; more are refused with 503. batch: images encoded at once.
-    threads: of the encoder; decoders: threads that decode. cache_bytes: of label features.
-    probes: probe requests that run at once (0: none are served); probe_queue: those that may wait beside them; more are
-    refused with 429. probe_seconds: of one probe.
+    threads: of the encoder; decoders: threads that decode. cache_bytes: of label features. probe: who may probe, and
+    how much; sample: the share of ordinary traffic that is probed.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -78,22 +74,8 @@ class Settings:
     threads: int = 1
     decoders: int = 2
     cache_bytes: int = 256 * 2**20
-    probes: int = 1
-    probe_queue: int = 2
-    probe_seconds: float = 30.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Model:
-    """What is served. image: pixels [B, 3, H, W] -> unit features [B, D]; gradient: the same, with a derivative;
-    text: texts -> unit features [N, D]."""
-
-    info: protocol.ModelInfo
-    image: Encode
-    gradient: Encode
-    text: Callable[[Sequence[str]], Tensor]
-    preprocess: PreprocessSpec
-    logit_scale: float
+    probe: ProbePolicy = field(default_factory=ProbePolicy)
+    sample: SamplePolicy = field(default_factory=SamplePolicy)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,22 +118,6 @@ class Record:
     probe: bool
 
 
-def model_of(bundle: Bundle, engine: str, device: torch.device, threads: int) -> Model:
-    """Load what is served from a bundle. engine: as for `open_engine`. Raises: BundleError, InputError."""
-    opened = open_engine(bundle, engine, device, threads)
-    encoder = TextEncoder(bundle.tokenizer(), opened.text, bundle.manifest.text.causal)
-    return Model(
-        info=protocol.ModelInfo(
-            name=bundle.manifest.name, bundle=bundle.hash, engine=opened.name, format=opened.format
-        ),
-        image=opened.image,
-        gradient=differentiable(bundle, device),
-        text=encoder.encode,
-        preprocess=bundle.preprocess,
-        logit_scale=bundle.manifest.logit_scale,
-    )
-
-
 class Stopwatch:
     """Seconds per stage of one request."""
 
@@ -181,18 +147,20 @@ class Stopwatch:
 
 @dataclass(slots=True)
 class _Job:
-    """One request on its way through. request: once it could be read."""
+    """One request on its way through. request: once it could be read. samples: of its images, to be probed later."""
 
     incoming: Incoming
     watch: Stopwatch = field(default_factory=Stopwatch)
     request: Request | None = None
+    samples: list[Sample] = field(default_factory=list)
 
 
 class Service:
     """One model's requests, answered. Made on the event loop's thread; `answer` is the whole interface.
 
     draining: asked at each arrival; true means that no new request is taken. on_answered: told of every answer.
-    sets: label sets that requests may call by name. warm: label lists to be known from the start.
+    sets: label sets that requests may call by name. warm: label lists to be known from the start. chance: draws the
+    sample.
     """
 
     def __init__(
@@ -204,6 +172,7 @@ class Service:
         on_answered: Callable[[Record], None] = lambda record: None,
         sets: Sequence[LabelSet] = (),
         warm: Sequence[LabelSet] = (),
+        chance: random.Random | None = None,
     ) -> None:
         self.model = model
         self.settings = settings
@@ -213,11 +182,9 @@ class Service:
         self._sets = {one.name: one for one in sets}
         self._warm = warm
         self._in_flight = 0
-        self._probing = 0
-        self._decoders = _threads("decode", settings.decoders, 1)
-        self._text_thread = _threads("text", 1, settings.threads)
-        self._image_thread = _threads("image", 1, settings.threads)
-        self._probes = _threads("probe", max(1, settings.probes), max(1, settings.threads // 2), yielding=True)
+        self._decoders = thread_pool("decode", settings.decoders, 1)
+        self._text_thread = thread_pool("text", 1, settings.threads)
+        self._image_thread = thread_pool("image", 1, settings.threads)
         self._texts = Texts(
             model.text,
             self._text_thread,
@@ -230,6 +197,24 @@ class Service:
             self._image_thread,
             settings.batch,
             lambda size: metrics.observe("pmgaft_batch_images", size),
+            lambda images: metrics.set("pmgaft_queue_images", images),
+        )
+        self._prober = Prober(
+            model,
+            settings.probe,
+            metrics,
+            self._texts,
+            self._encode_quietly,
+            threads=settings.threads,
+        )
+        self._sampler = Sampler(
+            settings.sample,
+            self._prober.attack,
+            self._encode_quietly,
+            lambda: self._prober.in_work > 0,
+            metrics,
+            chance or random.Random(),
+            seconds=settings.probe.seconds,
         )
         self._wording: float | None = None
         info = model.info
@@ -255,16 +240,19 @@ class Service:
         try:
             reply, partial = await self._serve(job)
         except PmgaftError as error:
-            if error.code in ("probe_busy", "probe_disabled"):
+            if error.code in probing.REFUSALS:
                 self._metrics.count("pmgaft_rejected_total", reason=error.code)
             return self._refuse(error, job)
         except Exception as error:
             return self._refuse(PmgaftError(str(error), code="internal"), job)
         else:
             self._record(job, reply, "partial" if partial else "ok", "ok")
+            for sample in job.samples:
+                self._sampler.offer(sample)
             return reply
         finally:
             self._change_in_flight(-1)
+            self._sampler.wake()
 
     def warm_up(self) -> None:
         """Encode the label sets, and run everything a few times, so that the first request is as fast as the tenth.
@@ -286,18 +274,20 @@ class Service:
         fields = {"image": _jpeg(8, 8), "labels": _WARM_UP_LABELS.labels[0].encode()}
         for _ in range(2):
             await self._serve(_Job(Incoming(fields=fields, content_type="multipart/form-data")))
-        if self.settings.probes:
+        if self.settings.probe.allow != "off" or self.settings.sample.rate:
             text = await self._texts.features(_WARM_UP_LABELS.labels, _WARM_UP_LABELS.templates)
-            settings = ProbeSettings(threat=ThreatModel(eps=1 / 255), steps=2)
-            await self._in(self._probes, self._attack, [pixels[0]], text, settings)
+            await self._prober.warm_up(pixels[0], text)
 
     def close(self) -> None:
         """End the threads once their work is done."""
-        for threads in (self._decoders, self._text_thread, self._image_thread, self._probes):
+        self._sampler.close()
+        self._prober.close()
+        for threads in (self._decoders, self._text_thread, self._image_thread):
             threads.shutdown()
 
     def _admit(self, incoming: Incoming) -> None:
-        if self.settings.token is not None and not _same_token(incoming.authorization, self.settings.token):
+        tokens = (self.settings.token, self.settings.probe.token)
+        if self.settings.token is not None and not any(same_token(incoming.authorization, token) for token in tokens):
             message = "this server asks for a token: send the header Authorization: Bearer TOKEN"
             raise PmgaftError(message, code="token_invalid")
         if self._draining():
@@ -308,20 +298,26 @@ class Service:
     async def _serve(self, job: _Job) -> tuple[Reply, bool]:
         """A request's answer, and whether some of several images failed."""
         request, images = await self._read(job)
-        with self._probe_turn(request):
+        with self._prober.turn(request, job.incoming.authorization):
             text = await self._text(request, job.watch)
             predicted = await _all(
                 [self._predict(image, turn, text, request, job.watch) for turn, image in enumerate(images)]
             )
             results = [_result(answer, request) for answer in predicted]
             good = [
-                (image, answer[0], result)
+                (Target(pixels=image, clean=answer[0]), result)
                 for image, answer, result in zip(images, predicted, results, strict=True)
                 if isinstance(image, Tensor) and isinstance(answer, list)
             ]
-            await self._probe(request, good, text, job.watch)
-        found = await self._lint(request, text, job.watch)
-        return self._reply(request, results, found, job), any(result.error for result in results)
+            if request.probe is None:
+                job.samples = self._drawn(request, [target for target, _ in good], text)
+            else:
+                with job.watch("probe"):
+                    found = await self._prober.answers(request, [target for target, _ in good], text)
+                for answer, (_, result) in zip(found, good, strict=True):
+                    result.probe = answer
+        findings = await self._lint(request, text, job.watch)
+        return self._reply(request, results, findings, job), any(result.error for result in results)
 
     async def _read(self, job: _Job) -> tuple[Request, list[Tensor | PmgaftError]]:
         """The request, and each image's pixels [3, H, W]; of several images, those that fail are their errors."""
@@ -335,13 +331,14 @@ class Service:
         incoming = job.incoming
         request = protocol.parse(incoming.content_type, incoming.fields, self.settings.limits, self._sets)
         job.request = request
-        self._check_probe_room(request)  # before more is spent on it
+        self._prober.check(request, incoming.authorization)  # before more is spent on it
         return request, self._pixels(request.images[0])
 
     def _pixels(self, image: bytes | PmgaftError) -> Tensor | PmgaftError:
         """Runs in a decoding thread."""
         if isinstance(image, PmgaftError):
             return image
+        self._metrics.observe("pmgaft_image_bytes", len(image))
         try:
             return read_pixels(image, self.model.preprocess, self.settings.limits.image)
         except Exception as error:
@@ -375,6 +372,20 @@ class Service:
         watch.add("image", time.perf_counter() - start - waited)
         return features
 
+    async def _encode_quietly(self, pixels: Tensor) -> Tensor:
+        """As `_encode`, of no stage of a request."""
+        return (await self._images(pixels))[0]
+
+    def _drawn(self, request: Request, targets: Sequence[Target], text: Tensor) -> list[Sample]:
+        """Which images of a request without a probe will be probed in the background."""
+        if len(request.labels) < 2:
+            return []
+        return [
+            Sample(pixels=target.pixels, text=text, clean=request.labels.index(target.clean.label))
+            for target in targets
+            if self._sampler.draw()
+        ]
+
     def _encode_batch(self, pixels: Sequence[Tensor]) -> list[Tensor | Exception]:
         """Runs in the encoder's thread."""
         features = self.model.image(torch.stack(list(pixels)))
@@ -406,80 +417,11 @@ class Service:
             self._wording = wording_distance(self.model.text)
         return self._wording
 
-    def _check_probe_room(self, request: Request) -> None:
-        """Raises: PmgaftError (probe_busy, probe_disabled) where a probe that is asked for cannot be had now."""
-        if request.probe is None:
-            return
-        if not self.settings.probes:
-            raise PmgaftError("this server answers no probes", field="probe", code="probe_disabled")
-        if self._probing >= self.settings.probes + self.settings.probe_queue:
-            message = f"{self._probing} probes are already running or waiting; try again soon, or without a probe"
-            raise PmgaftError(message, field="probe", code="probe_busy")
-
-    @contextmanager
-    def _probe_turn(self, request: Request) -> Iterator[None]:
-        """Room for this request's probe, if it asks for one. Raises: as `_check_probe_room`."""
-        self._check_probe_room(request)
-        asked = request.probe is not None
-        self._probing += asked
-        try:
-            yield
-        finally:
-            self._probing -= asked
-
-    async def _probe(
-        self, request: Request, targets: Sequence[tuple[Tensor, Prediction, Result]], text: Tensor, watch: Stopwatch
-    ) -> None:
-        """Attack images [3, H, W] together, if the request asks for it, and add to each one's result what was found."""
-        if request.probe is None or not targets:
-            return
-        settings = self._probe_settings(request.probe, request.labels)
-        with watch("probe"):
-            reports = await self._in(self._probes, self._attack, [image for image, _, _ in targets], text, settings)
-        for report, (_, clean, result) in zip(reports, targets, strict=True):
-            served = await self._served_answer(report, text, request, watch)
-            answer = probe_answer(report, request.labels, clean, served)
-            self._metrics.count("pmgaft_probes_total", verdict=answer.verdict, eps=eps_label(settings.threat.eps))
-            self._metrics.observe("pmgaft_probe_seconds", report.seconds, verdict=answer.verdict)
-            self._metrics.count("pmgaft_probe_gradients_total", report.gradients)
-            result.probe = answer
-
-    def _probe_settings(self, options: ProbeOptions, labels: Sequence[str]) -> ProbeSettings:
-        return ProbeSettings(
-            threat=options.threat,
-            steps=options.steps,
-            restarts=options.restarts,
-            step_size=options.step_size,
-            seed=options.seed,
-            seconds=self.settings.probe_seconds,
-            target=None if options.target is None else labels.index(options.target),
-            min_eps=options.min_eps,
-        )
-
-    def _attack(self, images: Sequence[Tensor], text: Tensor, settings: ProbeSettings) -> list[ProbeReport]:
-        """Runs in a probe thread."""
-        count = len(images)
-        with guarded_memory():
-            return probe(
-                self.model.gradient,
-                self.model.logit_scale,
-                torch.stack(list(images)),
-                [text] * count,
-                [settings] * count,
-            )
-
-    async def _served_answer(
-        self, report: ProbeReport, text: Tensor, request: Request, watch: Stopwatch
-    ) -> Prediction | None:
-        """What the served engine says to the adversarial image, if there is one."""
-        if report.verdict != "broken" or report.adversarial_pixels is None:
-            return None
-        features = await self._encode(report.adversarial_pixels, watch)
-        return rank(features, text, self.model.logit_scale, request.labels, 1)[0]
-
-    def _reply(self, request: Request, results: Sequence[Result], found: list[LintFinding] | None, job: _Job) -> Reply:
+    def _reply(
+        self, request: Request, results: Sequence[Result], findings: list[LintFinding] | None, job: _Job
+    ) -> Reply:
         common: dict[str, Any] = {
-            "lint": found,
+            "lint": findings,
             "note": NOTE_ONE_LABEL if len(request.labels) == 1 else NOTE,
             "model": self.model.info,
             "timing_ms": job.watch.milliseconds(),
@@ -501,7 +443,7 @@ class Service:
         status = STATUS[body.code]
         if status == 500:
             logger.error("request %s failed", job.incoming.request_id, exc_info=error.__cause__ or error)
-        wait = protocol.RETRY_AFTER_SECONDS.get(body.code)
+        wait = error.retry_after if isinstance(error, LaterError) else protocol.RETRY_AFTER_SECONDS.get(body.code)
         answer = protocol.ErrorAnswer(error=body, request_id=job.incoming.request_id)
         reply = Reply(
             status=status,
@@ -538,99 +480,11 @@ class Service:
 
     def _change_in_flight(self, by: int) -> None:
         self._in_flight += by
+        self._prober.pause.change(by)
         self._metrics.set("pmgaft_in_flight_requests", self._in_flight)
 
     async def _in(self, threads: Executor, function: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(threads, function, *arguments)
-
-
-def rank(
-    features: Tensor, text: Tensor, logit_scale: float, labels: Sequence[str], top_k: int | None = None
-) -> list[Prediction]:
-    """The `top_k` most probable labels (None: all), equal ones in the request's order.
-
-    features: [D]; text: [K, D]. Probabilities are over all K labels.
-    """
-    similarity = text @ features
-    order = similarity.argsort(descending=True, stable=True)[:top_k]
-    probability = (logit_scale * similarity).softmax(dim=0)[order]
-    rows = zip(order.tolist(), probability.tolist(), similarity[order].tolist(), strict=True)
-    return [
-        Prediction.model_construct(label=labels[i], probability=round(p, 6), similarity=round(s, 6)) for i, p, s in rows
-    ]
-
-
-def probe_answer(
-    report: ProbeReport, labels: Sequence[str], clean: Prediction, served: Prediction | None
-) -> ProbeAnswer:
-    """A probe's report in the words of the interface.
-
-    clean: the served engine's answer to the image itself; served: its answer to the adversarial image, if there is one.
-    The attack ran on the differentiable encoder. Where the served engine is not fooled by what fooled that one, or they
-    differ about the image itself, nothing is claimed: the verdict is inconclusive, and `reason` says so.
-    """
-    verdict, reason = report.verdict, report.reason
-    if labels[report.clean_index] != clean.label:
-        verdict = "inconclusive"
-        reason = f"the attacked encoder answers {labels[report.clean_index]!r} to the image itself"
-    elif served is not None and not _as_asked(served.label, labels, report):
-        verdict = "inconclusive"
-        reason = "the adversarial image fools the attacked encoder and not the engine that serves"
-    settings = report.settings
-    return ProbeAnswer(
-        verdict=verdict,
-        reason=reason,
-        statement=_statement(verdict, reason, report, clean, served),
-        threat_model=settings.threat.to_json(),
-        attack={
-            "name": settings.used_algorithm,
-            "steps": settings.steps,
-            "restarts": settings.restarts,
-            "step_size": format_eps(settings.used_step_size),
-            "seed": settings.seed,
-        },
-        clean=Adversarial(label=clean.label, probability=clean.probability),
-        adversarial=None if served is None else Adversarial(label=served.label, probability=served.probability),
-        min_eps=_smallest_eps(report, labels),
-        gradients=report.gradients,
-        forwards=report.forwards,
-        zero_gradient_share=round(report.zero_gradient_share, 6),
-        seconds=round(report.seconds, 3),
-    )
-
-
-def _as_asked(served: str, labels: Sequence[str], report: ProbeReport) -> bool:
-    """Whether the served engine's answer to the adversarial image is what the probe was after."""
-    target = report.settings.target
-    return served != labels[report.clean_index] if target is None else served == labels[target]
-
-
-def _smallest_eps(report: ProbeReport, labels: Sequence[str]) -> protocol.SmallestEps | None:
-    found, norm = report.min_eps, report.settings.threat.norm
-    if found is None:
-        return None
-    return protocol.SmallestEps(
-        eps=None if found.eps is None else eps_text(found.eps, norm),
-        eps_value=found.eps,
-        label=None if found.index is None else labels[found.index],
-        failed_eps=eps_text(found.failed_eps, norm),
-        first_order=None if found.first_order is None else eps_text(found.first_order, norm),
-        resolution=found.resolution,
-        finished=found.finished,
-        gradients=found.gradients,
-    )
-
-
-def _statement(
-    verdict: str, reason: str | None, report: ProbeReport, clean: Prediction, served: Prediction | None
-) -> str:
-    threat = report.settings.threat
-    if verdict == "broken" and served is not None:
-        return f"an image within {threat} changes this answer from {clean.label!r} to {served.label!r}"
-    if verdict == "not_broken":
-        tried = f"this attack, with {report.attack_gradients} gradients,"
-        return f"{tried} found no image within {threat} that changes the answer {clean.label!r}; others may exist"
-    return f"nothing can be said about images within {threat}: {reason}"
 
 
 def _result(answer: list[Prediction] | PmgaftError, request: Request) -> Result:
@@ -658,18 +512,3 @@ def _own_error(error: Exception) -> PmgaftError:
         return error
     logger.error("one image of a request failed", exc_info=error)
     return PmgaftError(str(error), code="internal")
-
-
-def _same_token(authorization: str | None, token: str) -> bool:
-    return hmac.compare_digest((authorization or "").encode(), f"Bearer {token}".encode())
-
-
-def _threads(name: str, workers: int, torch_threads: int, *, yielding: bool = False) -> ThreadPoolExecutor:
-    """A pool whose threads each compute with `torch_threads`; yielding: the processor goes to others first (Linux)."""
-
-    def prepare() -> None:
-        torch.set_num_threads(torch_threads)
-        if yielding and sys.platform == "linux":  # there, priorities are a thread's
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-
-    return ThreadPoolExecutor(workers, thread_name_prefix=name, initializer=prepare)
