@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +14,25 @@ if TYPE_CHECKING:
     import torch
 
     from pmgaft.probe.full import Model, Question
+    from pmgaft.probe.output import Report
 
 EXIT_BROKEN = 3
+EXIT_INCONCLUSIVE = 4
 
 
 @click.command()
-@click.argument("image", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("pictures", type=click.Path(exists=True, path_type=Path))
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write index.html, tables, drawings and junit.xml into this new folder.",
+)
+@click.option(
+    "--fail-on",
+    multiple=True,
+    type=click.Choice(["broken", "inconclusive"]),
+    help=f"Exit with {EXIT_BROKEN} if an answer broke, {EXIT_INCONCLUSIVE} if nothing can be said of one. Repeatable.",
+)
 @click.option("--labels", help="What the picture may show, separated by commas.")
 @click.option("--label-file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A label a line.")
 @click.option(
@@ -66,39 +80,130 @@ EXIT_BROKEN = 3
 )
 @click.option("--top-k", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Pictures at once.  [default: 8 on a CPU, 32 on a GPU]")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
-@click.option("--fail-on-broken", is_flag=True, help=f"Exit with {EXIT_BROKEN} if the answer broke.")
-def probe(image: Path, as_json: bool, fail_on_broken: bool, **options: Any) -> int:
-    """Report how easily the answer to IMAGE is broken, without a server.
+def probe(
+    pictures: Path,
+    output: Path | None,
+    fail_on: tuple[str, ...],
+    batch_size: int | None,
+    as_json: bool,
+    **options: Any,
+) -> int:
+    """Report how easily the answer to a picture, or to each picture of a folder, is broken, without a server.
 
     The model's own answer is attacked within a stated threat model. "broken" means that an image inside it was found
     that is answered otherwise; "not broken", that this attack found none, and nothing beyond that.
 
+    Of a folder, with --output, sub-folders that are named as the labels are taken as true labels. A file that cannot be
+    read is reported, and for --fail-on counts as inconclusive.
+
     \b
-    Exit codes: 0 probed; 2 something asked for makes no sense; 3 the answer broke (with --fail-on-broken).
+    Exit codes: 0 probed; 2 something asked for makes no sense, or not one picture could be read;
+    3 an answer broke (with --fail-on broken); 4 nothing can be said of one (with --fail-on inconclusive).
 
     \b
     Example:
       pmgaft probe cat.jpg --labels cat,dog,toaster
       pmgaft probe car.jpg --labels car,automobile,truck --group car,automobile --eps 2/255 --targets 2 --json
+      pmgaft probe photos/ --labels cat,dog,toaster --output report/ --fail-on broken
     """
     from pmgaft import console
     from pmgaft.device import float32_products, pick_device
-    from pmgaft.probe.full import full_report
-    from pmgaft.probe.show import show
+    from pmgaft.probe.folder import picture_files
+    from pmgaft.probe.output import Report
 
+    many = pictures.is_dir()
+    if many and output is None:
+        raise click.UsageError("say where a folder's report is to go: --output report/")
+    if many and (options["save_adversarial"] or options["save_difference"]):
+        raise click.UsageError(
+            "--save-adversarial and --save-difference are for one picture; see --output for a folder"
+        )
     question = _question(options)
+    files = picture_files(pictures) if many else [pictures]
+    report = None if output is None else Report(output, question)
     device = pick_device(options["device"])
     with float32_products(tf32=False):
         with console.step(f"loading {options['model']}"):
             model = _model(options["model"], options["pretrained"], device)
-        with console.step(f"probing {image.name} on {device}"):
-            report = full_report(model, image.read_bytes(), question, device)
+        if report is not None and many:
+            size = batch_size or (32 if device.type == "cuda" else 8)
+            return _probe_folder(report, model, pictures, files, device, size, fail_on, as_json)
+        with console.step(f"probing {pictures.name} on {device}"):
+            return _probe_one(report, model, pictures, question, device, fail_on, as_json)
+
+
+def _probe_one(
+    report: Report | None,
+    model: Model,
+    picture: Path,
+    question: Question,
+    device: torch.device,
+    fail_on: Collection[str],
+    as_json: bool,
+) -> int:
+    from pmgaft.probe.folder import Row, shown_name
+    from pmgaft.probe.full import examine, read_picture
+    from pmgaft.probe.show import show
+
+    (finding,) = examine(model, [read_picture(picture.read_bytes(), model)], question, device)
+    found = finding.document
+    if report is not None:
+        report.add(Row(file=shown_name(Path(picture.name)), document=found, seconds=found["seconds"]), finding)
+        report.write(shown_name(picture), found["model"], 1, fail_on)
     if as_json:
-        click.echo(json.dumps(report, ensure_ascii=False, indent=2))
+        click.echo(json.dumps(found, ensure_ascii=False, indent=2))
     else:
-        show(report)
-    return EXIT_BROKEN if fail_on_broken and report["verdict"] == "broken" else 0
+        show(found)
+    return _exit_code([found["verdict"]], fail_on)
+
+
+def _probe_folder(
+    report: Report,
+    model: Model,
+    folder: Path,
+    files: Sequence[Path],
+    device: torch.device,
+    batch_size: int,
+    fail_on: Collection[str],
+    as_json: bool,
+) -> int:
+    """Stopped by Ctrl-C, what is finished is written, too."""
+    from pmgaft import console
+    from pmgaft.probe.folder import probe_files, shown_name
+    from pmgaft.probe.show import show_folder
+
+    console.note(f"probing {len(files)} pictures on {device}")
+    stopped, broken = False, 0
+    with console.progress("probing", len(files), "pictures") as advance:
+        rows = probe_files(model, folder, files, report.question, device, batch_size=batch_size)
+        try:
+            for row, finding in rows:
+                report.add(row, finding)
+                broken += row.verdict == "broken"
+                advance(1, f"{broken} broken")
+        except KeyboardInterrupt:
+            stopped = True
+    document = report.write(shown_name(folder), {"name": model.name, "hash": model.hash}, len(files), fail_on)
+    if as_json:
+        click.echo(json.dumps(document, ensure_ascii=False, indent=2))
+    else:
+        show_folder(document, report.folder)
+    if stopped:
+        raise KeyboardInterrupt
+    return _exit_code([row.verdict for row in report.rows], fail_on)
+
+
+def _exit_code(verdicts: Sequence[str], fail_on: Collection[str]) -> int:
+    """Of several that apply: nothing read, then broken, then inconclusive."""
+    if all(verdict == "error" for verdict in verdicts):
+        return 2
+    if "broken" in fail_on and "broken" in verdicts:
+        return EXIT_BROKEN
+    if "inconclusive" in fail_on and {"inconclusive", "error"} & set(verdicts):
+        return EXIT_INCONCLUSIVE
+    return 0
 
 
 def _question(options: dict[str, Any]) -> Question:
@@ -167,8 +272,10 @@ def _model(name: str, pretrained: str | None, device: torch.device) -> Model:
 
     clip = load_clip(name, pretrained, device)
 
+    encoded = lru_cache(maxsize=16)(clip.text.encode)  # the same labels and wordings for every picture of a folder
+
     def text(texts: Sequence[str]) -> torch.Tensor:
-        return clip.text.encode(texts)
+        return encoded(tuple(texts))
 
     return Model(
         encode=attackable(clip.image),

@@ -140,9 +140,14 @@ def test_the_same_question_has_the_same_answer_and_id(picture: Path, tiny_clip_d
 
 
 def test_it_can_be_a_gate(picture: Path, tiny_clip_dir: Path) -> None:
-    broken = run(picture, tiny_clip_dir, "--eps", "32/255", "--fail-on-broken", *QUICK)
-    assert broken.exit_code == 3, broken.output
-    assert run(picture, tiny_clip_dir, "--eps", "0", "--fail-on-broken", *QUICK).exit_code == 0
+    def code(*options: str) -> int:
+        return run(picture, tiny_clip_dir, *options, *QUICK).exit_code
+
+    assert code("--eps", "32/255") == 0
+    assert code("--eps", "32/255", "--fail-on", "broken") == 3
+    assert code("--eps", "0", "--fail-on", "broken", "--fail-on", "inconclusive") == 0
+    assert code("--eps", "32/255", "--seconds", "0", "--fail-on", "broken") == 0
+    assert code("--eps", "32/255", "--seconds", "0", "--fail-on", "broken", "--fail-on", "inconclusive") == 4
 
 
 def test_groups_and_targets_are_named_by_label(picture: Path, tiny_clip_dir: Path) -> None:

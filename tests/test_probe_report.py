@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from pmgaft.attacks import Adversarial
 from pmgaft.errors import LabelsError, ThreatError
-from pmgaft.probe import ProbeReport, ProbeSettings, attack, health, probe
+from pmgaft.probe import ProbeReport, ProbeSettings, attack, health, minimum, probe
 from pmgaft.threat import ThreatModel
 
 SCALE = 30.0
@@ -255,6 +256,60 @@ def test_a_larger_ball_that_holds_where_a_smaller_one_broke_fails_its_check() ->
     assert health._monotone([(0.1, False), (0.2, True), (0.4, True)], "linf").passed
     assert health._monotone([(0.1, True), (0.11, False), (0.4, True)], "linf").passed  # as near as attacks are good
     assert health._monotone([(0.1, True), (0.2, False), (0.4, True)], "linf").passed is False
+
+
+def test_what_broke_a_small_ball_breaks_the_larger_ones_too() -> None:
+    """The list is monotone whatever each ball's own attack came to, and says whose find it was."""
+    check = health._monotone([(2 / 255, False), (1 / 255, False), (1.9 / 255, True), (4 / 255, True)], "linf")
+    assert check.figures["eps"] == sorted(check.figures["eps"])
+    assert check.figures["broke"] == [False, True, True, True]
+    assert check.figures["by_own_attack"] == [False, True, False, True]
+    assert check.said == "eps tried: 1/255 held, 1.9/255 broke, 2/255 inherits that, 4/255 broke"
+    missed = health._monotone([(1 / 255, True), (2 / 255, False)], "linf")
+    assert missed.figures["broke"] == [True, True]
+    assert missed.said.endswith("the attack in 2/255 should have found it")
+
+
+def test_whatever_a_check_finds_inside_the_ball_breaks_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the verdict's attack nor the search finds anything; a check's attack in a larger ball comes upon an image
+    that lies inside the stated one. The verdict, the smallest eps and the list follow it."""
+    from pmgaft.probe import run
+
+    least = one(asked(min_eps=True)).min_eps
+    assert least is not None
+    assert least.eps is not None
+    assert least.pixels is not None
+    eps, near = 2 * least.eps, least.pixels
+    nothing = one(asked(1e-6, min_eps=True, seconds=0.0)).min_eps
+    assert nothing is not None
+    assert nothing.eps is None
+    climb = health.climb
+
+    def lucky(batch: attack.Batch, rows: Tensor, *arguments: Any, **options: Any) -> Adversarial:
+        found = climb(batch, rows, *arguments, **options)
+        if options["eps"][0] <= eps:
+            return replace(found, success=torch.zeros_like(found.success))
+        return replace(found, pixels=near.expand_as(found.pixels), success=torch.ones_like(found.success))
+
+    monkeypatch.setattr(run, "attack", lambda batch: attack._untouched(batch.pixels))
+    monkeypatch.setattr(run, "nearest_adversarial", blind_search)
+    monkeypatch.setattr(health, "climb", lucky)
+    report = one(asked(eps, min_eps=True, health=True))
+    assert report.verdict == "broken"
+    assert report.min_eps is not None
+    assert report.min_eps.eps == pytest.approx(least.eps)
+    assert report.distance == pytest.approx(least.eps)
+    monotone = {check.name: check for check in report.health}["monotone"]
+    stated = monotone.figures["eps"].index(pytest.approx(eps))
+    assert monotone.figures["broke"][stated] is True
+    assert monotone.figures["by_own_attack"][stated] is False
+    assert monotone.passed is False  # the attack in twice the radius should have found it
+
+
+def blind_search(*arguments: Any, **options: Any) -> Any:
+    """As `nearest_adversarial`, out of time at once and knowing nothing."""
+    everyone = options | {"starts": None, "expired": lambda places: torch.ones_like(places, dtype=torch.bool)}
+    return minimum.nearest_adversarial(*arguments, **everyone)
 
 
 def test_an_answer_that_moves_by_itself_fails_eps_zero() -> None:

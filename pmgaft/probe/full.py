@@ -1,4 +1,4 @@
-"""The whole report on one image: the probe, what survives, the certificate, the wordings; as one JSON document."""
+"""The whole report on an image: the probe, what survives, the certificate, the wordings; as one JSON document."""
 
 from __future__ import annotations
 
@@ -60,23 +60,71 @@ class Question:
     difference: Path | None = None
 
 
-def full_report(model: Model, image: bytes, question: Question, device: torch.device) -> dict[str, Any]:
-    """One image file's report. Raises: ImageError for bytes that are no picture; else as `probe`; OSError where a file
-    cannot be written.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Picture:
+    """An image file as the model sees it: float32 [3, H, W] in [0, 1]; and the hash of the file."""
+
+    pixels: Tensor
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """An adversarial image to be looked at: float32 [3, H, W]. probabilities: of the answer to it, over the labels.
+    distance: in the threat's norm, pixel units; beyond eps where the answer did not break.
+    """
+
+    pixels: Tensor
+    probabilities: list[float]
+    distance: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """What was found about one picture. document: the report, for JSON. clean: its pixels, float32 [3, H, W].
+    probabilities: of the answer to it, over the labels. example: the image inside the threat model if the answer broke,
+    else the nearest one found outside it; None where there is none.
+    """
+
+    document: dict[str, Any]
+    clean: Tensor
+    probabilities: list[float]
+    example: Example | None
+
+
+def read_picture(image: bytes, model: Model) -> Picture:
+    """Raises: ImageError for bytes that are no picture."""
+    return Picture(pixels=read_pixels(image, model.preprocess), sha256=hashlib.sha256(image).hexdigest())
+
+
+def examine(model: Model, pictures: Sequence[Picture], question: Question, device: torch.device) -> list[Finding]:
+    """The reports on some pictures, attacked side by side; each gets what it would get alone. Times in them are of all
+    together. Raises: as `probe`; OSError where a file cannot be written.
     """
     began = time.monotonic()
-    pixels = read_pixels(image, model.preprocess).to(device)
+    pixels = torch.stack([picture.pixels for picture in pictures]).to(device)
     texts = label_features(model.text, question.labels, question.templates).to(device)
-    (report,) = probe(model.encode, model.logit_scale, pixels[None], [texts], [question.settings])
+    size = len(pictures)
+    reports = probe(model.encode, model.logit_scale, pixels, [texts] * size, [question.settings] * size)
+    findings = []
+    for picture, report, image in zip(pictures, reports, pixels, strict=True):
+        parts = _Parts(model, image, texts, report, question)
+        document = _document(picture, parts, began)
+        before = report.probabilities_before
+        findings.append(Finding(document=document, clean=image, probabilities=before, example=parts.example()))
+    return findings
+
+
+def _document(picture: Picture, parts: _Parts, began: float) -> dict[str, Any]:
+    model, report, question = parts.model, parts.report, parts.question
     norm = question.settings.threat.norm
-    parts = _Parts(model, pixels, texts, report, question)
     document = {
         "verdict": report.verdict,
         "reason": report.reason,
         "statement": statement(report, question.labels),
         "threat_model": question.settings.to_json(),
         "model": {"name": model.name, "hash": model.hash},
-        "image": {"sha256": hashlib.sha256(image).hexdigest(), "size": list(pixels.shape[1:])},
+        "image": {"sha256": picture.sha256, "size": list(parts.pixels.shape[1:])},
         "labels": {
             "count": len(question.labels),
             "templates": list(question.templates) if len(question.templates) <= 3 else len(question.templates),
@@ -134,7 +182,7 @@ def statement(report: ProbeReport, labels: Sequence[str]) -> str:
 
 
 class _Parts:
-    """What is built on the probe's findings."""
+    """What is built on one picture's probe."""
 
     def __init__(self, model: Model, pixels: Tensor, texts: Tensor, report: ProbeReport, question: Question) -> None:
         self.model, self.pixels, self.texts, self.report, self.question = model, pixels, texts, report, question
@@ -147,6 +195,21 @@ class _Parts:
         """Whether logits [K] give the answer that the attack wanted."""
         index, target = self.leads[int(logits.argmax())], self.question.settings.target
         return index != self.leads[self.report.clean_index] if target is None else index == self.leads[target]
+
+    def example(self) -> Example | None:
+        report = self.report
+        if report.adversarial_pixels is not None:
+            return Example(
+                pixels=report.adversarial_pixels,
+                probabilities=report.probabilities_after,
+                distance=report.distance,
+            )
+        found = report.min_eps
+        if found is None or found.pixels is None or found.eps is None:
+            return None
+        with torch.no_grad():
+            probabilities = self.logits(found.pixels[None])[0].softmax(dim=0).tolist()
+        return Example(pixels=found.pixels, probabilities=probabilities, distance=found.eps)
 
     def survival(self) -> list[dict[str, Any]]:
         found = self.report.adversarial_pixels

@@ -24,8 +24,6 @@ from pmgaft.probe.settings import ProbeSettings
 from pmgaft.probe.surface import Surface
 from pmgaft.threat import ThreatModel
 
-_ROUNDING = 1e-6
-
 
 def probe(
     encode: Callable[[Tensor], Tensor],
@@ -141,7 +139,7 @@ class _Work:
         extra = health.look(self.batch, rows, self.found)
         self.gradients[rows] += extra.gradients
         self.forwards[rows] += extra.forwards
-        self._use(rows, extra.pixels, torch.where(extra.success, 0.0, torch.inf))
+        self._use(rows, extra.pixels, extra.distance)
         return extra
 
     def _search(self, rows: Tensor, aims: Tensor, starts: Tensor | None) -> Nearest:
@@ -165,7 +163,7 @@ class _Work:
     def _use(self, rows: Tensor, pixels: Tensor, distance: Tensor) -> None:
         """Where the verdict's attack found nothing, something else inside the ball counts as well."""
         eps = torch.tensor([self.batch.settings[row].threat.eps for row in rows.tolist()], device=rows.device)
-        better = ~self.broke[rows] & (distance <= eps)
+        better = ~self.broke[rows] & (distance <= eps + health.ROUNDING)
         self.pixels = self.pixels.index_copy(
             0, rows, torch.where(better.reshape(-1, 1, 1, 1), pixels, self.pixels[rows])
         )
@@ -182,7 +180,7 @@ class _Work:
         answers = batch.surface.grouped(torch.stack([before, after]), place.expand(2))
         clean, adversarial = (int(one.argmax()) for one in answers)
         distance = _distance(self.pixels[row] - batch.pixels[row], settings.threat)
-        inside = distance <= settings.threat.eps + _ROUNDING
+        inside = distance <= settings.threat.eps + health.ROUNDING
         inside &= bool(((self.pixels[row] >= 0) & (self.pixels[row] <= 1)).all())
         wanted = adversarial != clean if settings.target is None else adversarial == settings.target != clean
         changed = wanted and inside and bool(after[:size].isfinite().all())
@@ -248,7 +246,7 @@ class _Work:
         )
 
     def _min_eps(self, row: int) -> MinEps | None:
-        """By the search itself or, where that was luckier, by one of the table's."""
+        """By the search itself or, where that was luckier, by one of the table's or by the checks' attacks."""
         place = _place(self.min_rows, row)
         if self.minimum is None or place is None:
             return None
@@ -258,13 +256,16 @@ class _Work:
             ways += [(t.found, at) for t in self.tables if (at := _place(t.rows, row)) is not None]
         best, at = min(ways, key=lambda way: float(way[0].distance[way[1]]))
         eps = float(best.distance[at])
-        pixels = best.pixels[at]
+        pixels, failed = best.pixels[at], float(best.failed[at])
+        if self.extra is not None and (look := _place(self.extra.rows, row)) is not None:
+            met = float(self.extra.distance[look])
+            if met < eps:
+                eps, pixels, failed = met, self.extra.pixels[look], failed if failed < met else 0.0
         index = None
         if math.isfinite(eps):
             with torch.no_grad():
                 index = int(self.batch.surface.logits(pixels[None], torch.tensor([row], device=pixels.device)).argmax())
         first = float(own.first_order[place])
-        failed = float(best.failed[at])
         return MinEps(
             eps=eps if math.isfinite(eps) else None,
             failed_eps=failed,

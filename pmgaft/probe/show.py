@@ -1,8 +1,9 @@
-"""A report on the terminal, for people."""
+"""Reports on the terminal, for people."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import click
@@ -11,6 +12,36 @@ from pmgaft.console import print_table
 
 _VERDICTS = {"broken": "red", "not_broken": "green", "inconclusive": "yellow"}
 _MARKS = {True: "ok", False: "FAILED", None: "-"}
+
+
+_MOST_ROWS = 20
+
+
+def show_folder(document: Mapping[str, Any], folder: Path) -> None:
+    """What is in a folder's report.json, in short. folder: where it lies."""
+    summary, images = document["summary"], document["images"]
+    click.echo(summary["sentence"])
+    rows = []
+    for one in images[:_MOST_ROWS]:
+        report = one["report"]
+        if report is None:
+            rows.append((one["file"], "not read", "-", "-", "-"))
+            continue
+        least = report["min_eps"] or {}
+        clean = f"{report['clean']['label']} {report['clean']['probability']:.0%}"
+        rows.append(
+            (one["file"], one["verdict"].replace("_", " "), clean, least.get("eps") or "-", least.get("label") or "-")
+        )
+    print_table(("picture", "verdict", "answer", "smallest eps found", "which makes it"), rows)
+    if len(images) > _MOST_ROWS:
+        click.echo(f"and {len(images) - _MOST_ROWS} more")
+    for one in images:
+        if one["error"]:
+            click.echo(f"{one['file']}: {one['error']}")
+    for point in summary["curve"]:
+        accuracy = "" if point["accuracy"] is None else f", accuracy {point['accuracy']:.1%}"
+        click.echo(f"  at eps {point['eps']:>9}: {point['standing']:.1%} of the answers stand{accuracy}")
+    click.echo(f"page  {folder / 'index.html'}")
 
 
 def show(report: Mapping[str, Any]) -> None:
