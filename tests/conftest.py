@@ -17,6 +17,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+pytest_plugins = ["running_server"]
+
 CLASS_NAMES = ("red disc", "green square", "blue stripes")
 
 _TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}

@@ -13,68 +13,26 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
+from running_server import LABELS, PNG, Running
 
-from pmgaft.clip.loading import Clip
-from pmgaft_export.build import export_bundle
 from pmgaft_serve.bench import Load, form_message, picture, rotating, run, target_of
 from pmgaft_serve.client import Client, Question
-from pmgaft_serve.label_sets import LabelSet
 from pmgaft_serve.metrics import total
 from pmgaft_serve.protocol import PATH, Answer, Answers
-from pmgaft_serve.torchserve import ServeOptions, Server, serving
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.xdist_group("serve")]
 
 HERE = Path(__file__).parent
 REQUESTS = runpy.run_path(str(HERE / "hostile" / "requests.py"))
 IMAGES = runpy.run_path(str(HERE / "hostile" / "images.py"))["CASES"]
-PNG: bytes = REQUESTS["PNG"]
-LABELS = ["red disc", "green square", "blue stripes"]
-TRAPS = ("open_clip", "timm", "torchvision", "huggingface_hub")
-
-
-@dataclass(frozen=True)
-class Running:
-    server: Server
-    http: httpx.Client
-    traps: Path
-
-    def ask(self, **fields: Any) -> httpx.Response:
-        content = {"image": base64.b64encode(PNG).decode(), "labels": LABELS} | fields
-        return self.http.post(self.server.url + PATH, json=content)
-
-    def metrics(self) -> str:
-        return self.http.get(self.server.metrics_url + "/metrics").text
-
-    def total(self, name: str, /, **labels: str) -> float:
-        return total(self.metrics(), name, **labels)
-
-
-@pytest.fixture(scope="module")
-def bundle(tiny_clip: Clip, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_bundle(tiny_clip, tmp_path_factory.mktemp("e2e") / "bundle").directory
-
-
-@pytest.fixture(scope="module")
-def running(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    traps = tmp_path_factory.mktemp("traps")
-    for name in TRAPS:
-        (traps / f"{name}.py").write_text(f"open({str(traps / 'sprung')!r}, 'a').write({name!r})\nraise ImportError\n")
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("PYTHONPATH", str(traps), prepend=os.pathsep)
-        pets = LabelSet(name="pets", labels=("cat", "dog", "bird"))
-        options = ServeOptions(bundle=bundle, port=0, start_seconds=400, sets=(pets,))
-        with serving(options) as server, httpx.Client(trust_env=False, timeout=300) as http:
-            yield Running(server, http, traps)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -187,7 +145,7 @@ def test_a_probe_is_answered_with_its_threat_model(running: Running) -> None:
     probe = Answer.model_validate_json(running.ask(probe={"eps": "64/255", "steps": 5}).content).probe
     assert probe is not None
     assert probe.verdict in ("broken", "not_broken")
-    assert probe.threat_model["eps"] == "64/255"
+    assert probe.threat_model.eps == "64/255"
     assert running.total("pmgaft_probes_total", eps="inf") >= 1
 
 
@@ -337,9 +295,9 @@ class Command:
 
 
 def test_the_command_serves_beside_it_with_two_workers_and_loses_nothing_when_it_is_stopped_under_load(
-    bundle: Path, running: Running
+    served_bundle: Path, running: Running
 ) -> None:
-    command = Command(bundle)
+    command = Command(served_bundle)
     try:
         assert command.ready["url"] != running.server.url
         assert command.page("/readyz").status_code == 200

@@ -2,10 +2,14 @@
 
 import os
 import re
+import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import httpx
 import pytest
@@ -178,6 +182,29 @@ def test_our_series_are_there_without_torchserve(tmp_path: Path) -> None:
     status, _, text = pages_of(tmp_path, "http://127.0.0.1:1/metrics").page("/metrics")
     assert status == 200
     assert total(text, "pmgaft_requests_total") == 2
+
+
+def test_a_scraper_that_hangs_up_leaves_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pages = pages_of(tmp_path, "")
+    began, hung_up = Event(), Event()
+
+    def slow() -> bool:
+        began.set()
+        return hung_up.wait(10)
+
+    exporter = Exporter("127.0.0.1", 0, replace(pages, ready=slow, documents={"/large": "x" * 10**7}))
+    with socket.create_connection(("127.0.0.1", exporter.port)) as client:
+        client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        assert began.wait(10)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # reset, not an orderly end
+    with socket.create_connection(("127.0.0.1", exporter.port)) as client:
+        client.sendall(b"GET /large HTTP/1.0\r\n\r\n")
+        client.recv(10)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    hung_up.set()
+    assert httpx.get(f"http://127.0.0.1:{exporter.port}/healthz", trust_env=False).is_success
+    exporter.close()
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_readiness_and_liveness_are_two_questions(tmp_path: Path) -> None:
