@@ -197,7 +197,8 @@ class Prober:
             return
         policy, options = self.policy, request.probe
         if policy.allow == "off":
-            raise PmgaftError("this server answers no probes", field="probe", code="probe_disabled")
+            message = "this server answers no probes; pmgaft serve --probe on, or --probe token, allows them"
+            raise PmgaftError(message, field="probe", code="probe_disabled")
         if policy.allow == "token":
             _check_token(authorization, policy.token)
         if options.return_image and not policy.images:
