@@ -138,7 +138,7 @@ def _said(row: Row) -> list[str]:
     """HTML, a paragraph each."""
     found = row.document
     if found is None:
-        return [escape(row.error or "")]
+        return [_first_upper(escape(row.error or "")) + "."]
     lines = [_first_upper(escape(found["statement"])) + "."]
     least = found["min_eps"]
     if least and least["eps"] is not None:
