@@ -15,6 +15,8 @@ Grid = Literal["model-input", "native"]
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _EPS = re.compile(rf"\s*({_NUMBER})\s*(?:/\s*({_NUMBER})\s*)?", re.ASCII)
 
+_LONGEST = 100  # characters of an eps; matching takes time that grows with the square of the length
+
 
 def parse_eps(value: str | float, norm: Norm = "linf") -> float:
     """The radius of an attack in pixel units (pixels lie in [0, 1]): "1/255", "0.0039" and 0.0039 are all understood.
@@ -80,7 +82,7 @@ def _number(value: str | float) -> float:
             return float(value)
         except OverflowError:
             return math.inf
-    match = _EPS.fullmatch(value) if isinstance(value, str) else None
+    match = _EPS.fullmatch(value) if isinstance(value, str) and len(value) <= _LONGEST else None
     if match is None:
         raise _eps_error(f"eps must be a number such as 1/255 or 0.0039, not {quote(value)}")
     numerator, denominator = float(match[1]), float(match[2] or 1)

@@ -182,6 +182,14 @@ class ErrorAnswer(BaseModel):
     request_id: str
 
 
+class TorchServeError(BaseModel):
+    """What TorchServe answers by itself to what never reaches this server's code, such as a form without boundary."""
+
+    code: int
+    type: str
+    message: str
+
+
 class Result(BaseModel):
     """One image of several: its predictions, or its error."""
 
@@ -320,6 +328,7 @@ def _load_json(data: bytes, what: str, field: str | None = None) -> Any:
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
+    _check_text("field names", list(content))
     if len(content) != len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
@@ -481,9 +490,12 @@ def _short(name: str) -> str:
     return name if len(name) <= 40 else name[:40] + "..."
 
 
+_ERRORS = (ErrorAnswer, TorchServeError)
+
+
 def openapi(server: str = "http://127.0.0.1:8080") -> dict[str, Any]:
     """The OpenAPI 3.1 document of this interface."""
-    models = [(RequestModel, "validation"), *((model, "serialization") for model in (Answer, Answers, ErrorAnswer))]
+    models = [(RequestModel, "validation"), *((model, "serialization") for model in (Answer, Answers, *_ERRORS))]
     _, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")  # type: ignore[arg-type]
     schemas = definitions["$defs"]
     schemas["ErrorBody"]["properties"]["code"]["enum"] = list(STATUS)
@@ -492,9 +504,10 @@ def openapi(server: str = "http://127.0.0.1:8080") -> dict[str, Any]:
     responses: dict[str, Any] = {
         "200": {"description": "Ranked labels.", "content": {"application/json": {"schema": answer}}}
     }
+    error = {"anyOf": [{"$ref": f"#/components/schemas/{model.__name__}"} for model in _ERRORS]}
     for status in sorted(set(STATUS.values())):
         codes = [code for code, value in STATUS.items() if value == status]
-        content = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}}
+        content = {"application/json": {"schema": error}}
         responses[str(status)] = {"description": f"One of: {', '.join(codes)}.", "content": content}
     form = {
         "type": "object",

@@ -143,4 +143,71 @@ CASES: dict[str, Case] = {
     "a probe that is a list": request(400, "field_invalid", probe=["1/255"]),
     "a probe that is true": request(400, "field_invalid", probe=True),
     "a probe of one label": request(422, "labels_too_few", labels=["cat"], probe="1/255"),
+    # JSON that parsers do not agree about
+    "objects without end": body(b'{"a":' * 100_000, 400, "json_invalid"),
+    "a probe of 900 brackets": body(
+        f'{{"image": "{IMAGE}", "labels": ["a", "b"], "probe": {"[" * 900}{"]" * 900}}}'.encode(), 400, "field_invalid"
+    ),
+    "a field twice inside": body(b'{"probe": {"eps": 1, "eps": 2}}', 400, "json_invalid"),
+    "a field twice, once written in escapes": body(b'{"labels": ["a"], "l\\u0061bels": ["b"]}', 400, "json_invalid"),
+    "a byte order mark": body(b"\xef\xbb\xbf{}", 400, "json_invalid"),
+    "a NUL behind": body(b'{"labels": ["a"]}\0', 400, "json_invalid"),
+    "two objects": body(b"{} {}", 400, "json_invalid"),
+    "a comment": body(b"{/* */}", 400, "json_invalid"),
+    "a slash in too many bytes": body(b'{"labels": ["\xc0\xaf"]}', 400, "text_invalid"),
+    "half a surrogate pair in UTF-8": body(b'{"labels": ["\xed\xa0\x80"]}', 400, "text_invalid"),
+    "a field that is half a surrogate pair": body(
+        f'{{"image": "{IMAGE}", "labels": ["a"], "\\ud800": 1}}'.encode(), 400, "text_invalid"
+    ),
+    "a field that is half a surrogate pair, inside": body(b'{"probe": {"\\udfff": 1}}', 400, "text_invalid"),
+    "a field that is a prototype": request(400, "field_unknown", **{"__proto__": {}}),
+    "a field that colours terminals": request(400, "field_unknown", **{"\0\x1b[31m": 1}),
+    "top_k NaN": body(f'{{"image": "{IMAGE}", "labels": ["a"], "top_k": NaN}}'.encode(), 422, "top_k_invalid"),
+    "top_k infinite": body(f'{{"image": "{IMAGE}", "labels": ["a"], "top_k": 1e999}}'.encode(), 422, "top_k_invalid"),
+    "labels NaN": body(f'{{"image": "{IMAGE}", "labels": [NaN, Infinity]}}'.encode(), 400, "label_not_string"),
+    # base64
+    "base64 for URLs": request(400, "base64_invalid", image="-_-_"),
+    "base64 that ends in the middle": request(400, "base64_invalid", image="QQ==QQ=="),
+    "base64 in wide letters": request(400, "base64_invalid", image=IMAGE[:-4] + "ＡＡＡＡ"),
+    "base64 with a NUL": request(400, "base64_invalid", image=IMAGE[:8] + "\0" + IMAGE[8:]),
+    "images in a list of lists": request(400, "field_invalid", image=..., images=[[IMAGE]]),
+    "images that are null": request(400, "field_invalid", image=..., images=[None]),
+    "image.-1 of a form": form(400, "field_unknown", **{"image.-1": b"x"}),
+    "image.99999 of a form": form(400, "field_unknown", **{"image.99999": b"x"}),
+    # labels that look different and are the same for the tokenizer
+    "one letter, composed and decomposed": request(422, "labels_duplicate", labels=["café", "cafe\u0301"]),
+    "wide letters": request(422, "labels_duplicate", labels=["cat", "ｃａｔ"]),
+    "an HTML entity": request(422, "labels_duplicate", labels=["<", "&lt;"]),
+    "a space that does not break": request(422, "labels_duplicate", labels=["hot dog", "hot\u00a0dog"]),
+    "a byte order mark in a label": request(422, "labels_duplicate", labels=["cat", "\ufeffcat"]),
+    "a NUL in a label": request(422, "labels_duplicate", labels=["cat", "cat\0"]),
+    "a label that is a NUL": request(422, "label_empty", labels=["cat", "\0"]),
+    "a label of control characters": request(422, "label_empty", labels=["cat", "\x07\x1b"]),
+    "a label set by a path": request(422, "label_set_unknown", labels="@../../etc/passwd"),
+    # templates that are programs
+    "a template of a thousand million spaces": request(422, "template_invalid", templates=["{:>1000000000}"]),
+    "a template that converts": request(422, "template_invalid", templates=["{!r}"]),
+    "a template that is half a surrogate pair": body(
+        f'{{"image": "{IMAGE}", "labels": ["a"], "templates": ["\\ud800 {{}}"]}}'.encode(), 400, "text_invalid"
+    ),
+    "templates by a path": request(422, "template_invalid", templates="../imagenet"),
+    # numbers
+    "eps of 400 digits": body(
+        f'{{"image": "{IMAGE}", "labels": ["a", "b"], "probe": {"9" * 400}}}'.encode(), 422, "eps_invalid"
+    ),
+    "eps beyond every number": request(422, "eps_invalid", probe="1e400/1"),
+    "eps of 10,000 characters": request(422, "eps_invalid", probe="1" * 10_000),
+    "eps that would keep a regular expression busy for hours": request(422, "eps_invalid", probe="1" * 10**6 + "x"),
+    "a step size that would": request(422, "step_size_invalid", probe={"step_size": "1" * 10**6 + "x"}),
+    "eps with an underscore": request(422, "eps_invalid", probe="1_0/255"),
+    "eps with two slashes": request(422, "eps_invalid", probe="1/2/3"),
+    "steps that are a fraction": request(422, "steps_invalid", probe={"steps": 20.0}),
+    "a target that is half a surrogate pair": body(
+        f'{{"image": "{IMAGE}", "labels": ["a", "b"], "probe": {{"target": "\\ud800"}}}}'.encode(),
+        422,
+        "target_invalid",
+    ),
+    "a probe of a form without end": form(400, "json_invalid", probe=b'{"a":' * 50_000),
+    "top_k of a form of 5,000 digits": form(422, "top_k_invalid", top_k=b"9" * 5000),
+    "labels of a form that are an object": form(400, "labels_missing", labels=b'{"a": 1}'),
 }
