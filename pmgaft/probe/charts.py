@@ -13,7 +13,7 @@ from pmgaft.probe.settings import eps_text
 from pmgaft.probe.summary import answered, breaking_eps, rightly_answered
 from pmgaft.threat import Norm
 
-_WIDTH, _HEIGHT = 460.0, 270.0
+_WIDTH, _HEIGHT = 460.0, 286.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46.0, 444.0, 48.0, 218.0
 
 _BINS_A_DOUBLING = 3
@@ -55,12 +55,12 @@ def curve(rows: Sequence[Row], question: Question) -> str:
     x = _LEFT
     for words, colour, dash in legend:
         shapes += [
-            svg.line(x, 252, x + 22, 252, colour, width=2, dash=dash),
-            svg.text(x + 28, 256, words, fill=svg.GREY),
+            svg.line(x, 270, x + 22, 270, colour, width=2, dash=dash),
+            svg.text(x + 28, 274, words, fill=svg.GREY),
         ]
         x += 50 + 7 * len(words)
     if len(sure) < len(read):
-        shapes += [svg.box(x, 246, 22, 12, "#d7e4f0"), svg.text(x + 28, 256, "inconclusive", fill=svg.GREY)]
+        shapes += [svg.box(x, 264, 22, 12, "#d7e4f0"), svg.text(x + 28, 274, "inconclusive", fill=svg.GREY)]
     shapes.append(svg.text(_RIGHT, _BOTTOM + 36, _unit(threat.norm), anchor="end", fill=svg.GREY))
     return svg.document(_WIDTH, _HEIGHT, title, shapes)
 
@@ -96,7 +96,7 @@ def histogram(rows: Sequence[Row], question: Question) -> str:
     shapes += _mark(_LEFT - first * wide, unit, threat.norm) if threat.eps else []
     without = len(read) - len(known)
     note = f"{without} of {len(read)}: none found" if without else f"{len(known)} pictures"
-    shapes.append(svg.text(_LEFT, 256, note, fill=svg.GREY))
+    shapes.append(svg.text(_LEFT, 274, note, fill=svg.GREY))
     shapes.append(svg.text(_RIGHT, _BOTTOM + 36, f"{_unit(threat.norm)}, logarithmic", anchor="end", fill=svg.GREY))
     return svg.document(_WIDTH, _HEIGHT, title, shapes)
 
