@@ -284,7 +284,7 @@ def _read_manifest(path: Path) -> bytes:
 
 def _parse(data: bytes, root: Path) -> Manifest:
     try:
-        raw = json.loads(data)
+        raw = json.loads(data, object_pairs_hook=_distinct)
     except (ValueError, RecursionError):
         raise BundleError(f"bundle {root}: manifest.json is not JSON") from None
     version = raw.get("schema_version") if isinstance(raw, dict) else None
@@ -299,6 +299,16 @@ def _parse(data: bytes, root: Path) -> Manifest:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise BundleError(f"bundle {root}: manifest.json: {where}: {first['msg']}") from None
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object in which no key stands twice: readers would not agree about its value."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BundleError(f"manifest.json: the key {twice[:60]!r} is there twice")
+    return content
 
 
 def _check_names(manifest: Manifest, root: Path) -> None:

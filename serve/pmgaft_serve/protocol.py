@@ -257,6 +257,7 @@ def parse_form(fields: Mapping[str, bytes], limits: Limits, sets: LabelSets = NO
     object or just an eps. Names must be distinct: TorchServe keeps only the last of equal ones.
     """
     _check_size(sum(map(len, fields.values())), limits)
+    _check_text("field names", list(fields))
     numbered = {name: value for name, value in fields.items() if re.fullmatch(r"image\.\d{1,4}", name)}
     raw = {name: _form_value(name, value) for name, value in fields.items() if name != "image" and name not in numbered}
     if "images" in raw:
