@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pmgaft.gate import exit_code, fail_on_option
+
 if TYPE_CHECKING:
     import torch
 
     from pmgaft.probe.full import Model, Question
     from pmgaft.probe.output import Report
-
-EXIT_BROKEN = 3
-EXIT_INCONCLUSIVE = 4
 
 
 @click.command()
@@ -27,12 +26,7 @@ EXIT_INCONCLUSIVE = 4
     type=click.Path(file_okay=False, path_type=Path),
     help="Write index.html, tables, drawings and junit.xml into this new folder.",
 )
-@click.option(
-    "--fail-on",
-    multiple=True,
-    type=click.Choice(["broken", "inconclusive"]),
-    help=f"Exit with {EXIT_BROKEN} if an answer broke, {EXIT_INCONCLUSIVE} if nothing can be said of one. Repeatable.",
-)
+@fail_on_option
 @click.option("--labels", help="What the picture may show, separated by commas.")
 @click.option("--label-file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A label a line.")
 @click.option(
@@ -196,14 +190,8 @@ def _probe_folder(
 
 
 def _exit_code(verdicts: Sequence[str], fail_on: Collection[str]) -> int:
-    """Of several that apply: nothing read, then broken, then inconclusive."""
-    if all(verdict == "error" for verdict in verdicts):
-        return 2
-    if "broken" in fail_on and "broken" in verdicts:
-        return EXIT_BROKEN
-    if "inconclusive" in fail_on and {"inconclusive", "error"} & set(verdicts):
-        return EXIT_INCONCLUSIVE
-    return 0
+    """Nothing read at all is a mistake; else as --fail-on says."""
+    return 2 if all(verdict == "error" for verdict in verdicts) else exit_code(verdicts, fail_on)
 
 
 def _question(options: dict[str, Any]) -> Question:

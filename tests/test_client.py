@@ -200,10 +200,13 @@ def test_labels_come_from_the_line_and_from_a_file(classify: Callable[..., Resul
 def test_a_broken_answer_is_an_exit_code_where_asked_for(classify: Callable[..., Result]) -> None:
     network = answering(**ANSWER, probe=PROBE)
     assert classify(network, "--labels", "cat,dog", "--probe").exit_code == 0
-    assert classify(network, "--labels", "cat,dog", "--probe", "--fail-on-broken").exit_code == 3
+    assert classify(network, "--labels", "cat,dog", "--probe", "--fail-on", "broken").exit_code == 3
     held = answering(**ANSWER, probe=PROBE | {"verdict": "not_broken"})
-    assert classify(held, "--labels", "cat,dog", "--probe", "--fail-on-broken").exit_code == 0
-    assert classify(network, "--labels", "cat,dog", "--fail-on-broken").exit_code == 2
+    assert classify(held, "--labels", "cat,dog", "--probe", "--fail-on", "broken").exit_code == 0
+    unsure = answering(**ANSWER, probe=PROBE | {"verdict": "inconclusive"})
+    assert classify(unsure, "--labels", "cat,dog", "--probe", "--fail-on", "broken").exit_code == 0
+    assert classify(unsure, "--labels", "cat,dog", "--probe", "--fail-on", "inconclusive").exit_code == 4
+    assert classify(network, "--labels", "cat,dog", "--fail-on", "broken").exit_code == 2
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from pmgaft.gate import exit_code, fail_on_option
+
 from .probe_options import classify_options, probe_fields, probe_policy, sample_policy, serve_options
 
 if TYPE_CHECKING:
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from .request_log import LogFormat
     from .torchserve import ServeOptions, Server
 
-EXIT_BROKEN = 3
 # as in engines.CHOICES, which cannot be imported as quickly as help should come
 ENGINES = (
     "auto", "torchscript", "onnxruntime", "tensorrt", "aotinductor",
@@ -293,7 +294,7 @@ def _banner(server: Server, name: str) -> None:
 @click.option("--url", default="http://127.0.0.1:8080", show_default=True, envvar="PMGAFT_URL", help="The server.")
 @click.option("--token", envvar="PMGAFT_TOKEN", help="What the server asks for; better given as PMGAFT_TOKEN.")
 @click.option("--json", "as_json", is_flag=True, help="The server's answers as they are, one line an image.")
-@click.option("--fail-on-broken", is_flag=True, help=f"Exit with {EXIT_BROKEN} if a probe broke an answer.")
+@fail_on_option
 def classify(
     images: tuple[Path, ...],
     labels: tuple[str, ...],
@@ -304,25 +305,25 @@ def classify(
     url: str,
     token: str | None,
     as_json: bool,
-    fail_on_broken: bool,
+    fail_on: tuple[str, ...],
     **probing: Any,
 ) -> int:
     """Rank labels for IMAGES by a running server, and on request attack its answers.
 
     \b
     Exit codes: 0 answered; 1 the server failed or is not there; 2 the request is wrong;
-    3 a probe broke an answer (with --fail-on-broken).
+    3 a probe broke an answer (with --fail-on broken); 4 nothing can be said of one (with --fail-on inconclusive).
 
     \b
     Example:
       pmgaft classify cat.jpg --labels cat,dog,toaster
-      pmgaft classify cat.jpg --labels cat,dog,toaster --probe --eps 1/255 --fail-on-broken
+      pmgaft classify cat.jpg --labels cat,dog,toaster --probe --eps 1/255 --fail-on broken
       pmgaft classify cat.jpg --labels cat,lion,dog --probe --min-eps --targets 2 --health
     """
     from .client import Client, Question
 
-    if fail_on_broken and not probing["probe"]:
-        raise click.UsageError("--fail-on-broken needs --probe")
+    if fail_on and not probing["probe"]:
+        raise click.UsageError("--fail-on needs --probe")
     if template and templates:
         raise click.UsageError("give either --template or --templates")
     question = Question(
@@ -335,11 +336,16 @@ def classify(
     if saved is not None and len(images) > 1:
         raise click.UsageError("--save-adversarial takes one image")
     with Client(url, token) as client:
-        return _ask(client, images, question, as_json, saved, EXIT_BROKEN if fail_on_broken else 0)
+        return _ask(client, images, question, as_json, saved, fail_on)
 
 
 def _ask(
-    client: Client, images: tuple[Path, ...], question: Question, as_json: bool, saved: Path | None, broken_code: int
+    client: Client,
+    images: tuple[Path, ...],
+    question: Question,
+    as_json: bool,
+    saved: Path | None,
+    fail_on: tuple[str, ...],
 ) -> int:
     """Ask about each image; one that fails does not keep the others from being answered."""
     from pmgaft.console import note, step
@@ -347,7 +353,7 @@ def _ask(
 
     from .client import RefusedError
 
-    failed, broken = 0, 0
+    failed, verdicts = 0, set()
     for image in images:
         try:
             with step(f"probing {image.name}") if question.probe else nullcontext():
@@ -361,9 +367,9 @@ def _ask(
         if saved is not None and answer.probe is not None and answer.probe.image is not None:
             saved.write_bytes(base64.b64decode(answer.probe.image.png_base64))
         _show(image, answer, as_json)
-        if answer.probe is not None and answer.probe.verdict == "broken":
-            broken = broken_code
-    return failed or broken
+        if answer.probe is not None:
+            verdicts.add(answer.probe.verdict)
+    return failed or exit_code(verdicts, fail_on)
 
 
 def _show(image: Path, answer: Answer, as_json: bool) -> None:
