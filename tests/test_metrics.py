@@ -119,6 +119,8 @@ def test_a_first_failure_is_a_step_from_zero() -> None:
         assert value("pmgaft_requests_total", outcome=outcome_of(code), code=code) == 0
     metrics.count("pmgaft_requests_total", outcome="failed", code="internal")
     assert value("pmgaft_requests_total", outcome="failed", code="internal") == 1
+    assert value("pmgaft_probe_seconds_count", verdict="broken") == 0
+    assert value("pmgaft_probe_seconds_count", verdict="nonsense") is None
 
 
 def test_every_label_has_a_closed_list_of_values_or_says_what_is_installed() -> None:

@@ -18,8 +18,8 @@ _METRICS_HEAD = """# Metrics
 Made from the table in `serve/pmgaft_serve/metrics.py` by `make docs`; do not edit.
 
 `http://HOST:METRICS_PORT/metrics` holds these series, added up over all workers, dead ones included, and TorchServe's
-own (`ts_...`). A counter is there from the start, at 0 for each of its label values. No label value is anything that a
-client sent. Boards and alerts made of them: [deploy.md](deploy.md).
+own (`ts_...`). Counters and histograms are there from the start, at 0 for each label value. No label value is anything
+that a client sent. Boards and alerts made of them: [deploy.md](deploy.md).
 
 | series | type | unit | labels | meaning |
 |---|---|---|---|---|

@@ -300,8 +300,8 @@ def eps_label(eps: float) -> str:
 class Metrics:
     """A worker's series, ready to be moved by name.
 
-    Counters are there from the start, at 0 for every combination of their labels: the first failure, too, is a step
-    upwards that Prometheus can see.
+    Counters and histograms are there from the start, at 0 for every combination of their labels: the first failure,
+    too, is a step upwards that Prometheus can see.
     """
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
@@ -322,6 +322,8 @@ class Metrics:
                 self._gauges[name] = Gauge(name, text, labels, registry=registry, multiprocess_mode=series.mode)
             else:
                 self._histograms[name] = Histogram(name, text, labels, registry=registry, buckets=series.buckets)
+                for values in label_values(series):
+                    self._histograms[name].labels(**values)
 
     def count(self, name: str, /, amount: float = 1, **labels: str) -> None:
         """Add to a counter."""
