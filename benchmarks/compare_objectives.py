@@ -1,10 +1,10 @@
 """Train every objective from one start with equal budgets, and evaluate all of them under one protocol.
 
-Three stages. tune: each objective at several learning rates, a quarter of the budget, judged on held-out training
-images. ablation: settings of PMG-AFT, half the budget, one seed. final: each objective at its chosen rate, three
-seeds, evaluated on the zero-shot sets: clean on all images; on a fixed part of each set PGD-100 at 1/255, and the
-worst case of it with APGD on the cross entropy and on the difference of logits ratio, 50 steps each, at 1/255, 2/255
-and 4/255.
+Stages. tune: each objective at several learning rates, a quarter of the budget, judged on held-out training images.
+final: each at its chosen rate, three seeds. rate: the same at one learning rate for all. ablation: settings of PMG-AFT,
+half the budget, one seed. All but tune are judged: clean on all images; on a fixed part of each set PGD-100 at 1/255,
+and the worst case of it with APGD on the cross entropy and on the difference of logits ratio, 50 steps each, at 1/255,
+2/255 and 4/255.
 
 One JSON file a run, in --results; what is there already is not run again. benchmarks/objectives_table.py makes tables
 of them.
@@ -51,7 +51,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "caw": {"name": "caw"},
     "agft": {"name": "agft"},
     "ucat": {"name": "ucat", "strength": 100.0},
-    "best": {"name": "pmg-aft", "alpha": 0.0, "beta": 0.0, "gamma": 1.5, "guide_texts": "imagenet-names"},
+    "guide_names": {"name": "pmg-aft", "alpha": 0.0, "beta": 0.0, "gamma": 1.5, "guide_texts": "imagenet-names"},
+    "soft": {"name": "pmg-aft", "logit_scale": 1.0},
+    "tecoa_soft": {"name": "tecoa", "logit_scale": 1.0},
 }
 ABLATION: dict[str, dict[str, Any]] = {
     "student_first": {"name": "pmg-aft", "kl_direction": "student-first"},
@@ -60,7 +62,17 @@ ABLATION: dict[str, dict[str, Any]] = {
     "no_guide": {"name": "pmg-aft", "alpha": 0.0},
     "no_clean_branch": {"name": "pmg-aft", "beta": 0.0},
     "scaled_but_summed": {"name": "pmg-aft", "reduction": "sum"},
-    "unscaled_but_averaged": {"name": "pmg-aft", "logit_scale": 1.0},
+    "scale_3": {"name": "pmg-aft", "logit_scale": 3.0},
+    "scale_10": {"name": "pmg-aft", "logit_scale": 10.0},
+    "soft_feature": {"name": "pmg-aft", "logit_scale": 1.0, "feature": 1.0},
+    "soft_guide_names": {
+        "name": "pmg-aft",
+        "logit_scale": 1.0,
+        "alpha": 0.0,
+        "beta": 0.0,
+        "gamma": 30.0,
+        "guide_texts": "imagenet-names",
+    },
     "guide_on_clean": {"name": "pmg-aft", "alpha": 0.0, "beta": 0.0, "gamma": 1.0},
     "guide_on_clean_names": {
         "name": "pmg-aft",
@@ -164,10 +176,13 @@ def main() -> None:
                 run_all(pool, setting, [Job(stage="baseline", name="original", objective={}, lr=0, seed=0, images=0)])
             if "tune" in arguments.stages:
                 run_all(pool, setting, tuning(arguments.names, arguments.images // 4))
-            rates = chosen_rates(arguments.results, arguments.names)
+            rates = chosen_rates(arguments.rates_from or arguments.results, arguments.names)
             jobs = []
             if "final" in arguments.stages:
                 jobs += finals(arguments.names, rates, arguments.images, arguments.seeds)
+            if "rate" in arguments.stages:
+                one_rate = dict.fromkeys(arguments.names, arguments.rate)
+                jobs += finals(arguments.names, one_rate, arguments.images, arguments.seeds, stage="rate")
             if "ablation" in arguments.stages:
                 jobs += [
                     Job(
@@ -188,6 +203,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--images", type=int, required=True, help="Training images shown to each final run.")
     parser.add_argument("--model", default="mini")
     parser.add_argument("--input-size", type=int, help="Evaluate, too, at this size: a smaller sibling of the model.")
+    parser.add_argument("--rate", type=float, default=3e-4, help="Learning rate of the stage of that name.")
+    parser.add_argument("--rates-from", type=Path, help="Results of another model whose learning rates are taken.")
     parser.add_argument("--image-size", type=int, default=96, help="Size trained at.")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--device", default="auto")
@@ -215,9 +232,9 @@ def tuning(names: list[str], images: int) -> list[Job]:
     ]
 
 
-def finals(names: list[str], rates: dict[str, float], images: int, seeds: list[int]) -> list[Job]:
+def finals(names: list[str], rates: dict[str, float], images: int, seeds: list[int], stage: str = "final") -> list[Job]:
     return [
-        Job(stage="final", name=name, objective=OBJECTIVES[name], lr=rates[name], seed=seed, images=images)
+        Job(stage=stage, name=name, objective=OBJECTIVES[name], lr=rates[name], seed=seed, images=images)
         for seed in seeds
         for name in names
     ]

@@ -29,19 +29,34 @@ Run = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS / "objectives")
-    results: Path = parser.parse_args().results
-    runs = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
-    by_stage = {stage: [run for run in runs if run["job"]["stage"] == stage] for stage in ("tune", "final", "ablation")}
-    baseline = [run for run in runs if run["job"]["stage"] == "baseline"]
+    parser.add_argument("--results", type=Path, default=RESULTS / "objectives", help="Runs of the small sibling.")
+    parser.add_argument("--mini-results", type=Path, default=RESULTS / "objectives-mini", help="Runs of mini itself.")
+    arguments = parser.parse_args()
+    small, mini = by_stage(arguments.results), by_stage(arguments.mini_results)
     text = PAGE.read_text(encoding="utf-8")
-    text = filled(text, "objectives", averages(baseline + by_stage["final"]))
-    text = filled(text, "sets", per_set(baseline + by_stage["final"]))
-    text = filled(text, "rates", rates(by_stage["tune"]))
-    text = filled(text, "ablation", averages(by_stage["ablation"]))
+    text = filled(text, "objectives", averages(small["baseline"] + small["final"]))
+    text = filled(text, "sets", per_set(small["baseline"] + small["final"]))
+    text = filled(text, "rates", rates(small["tune"]))
+    text = filled(text, "rate", averages(at_one_rate(small)))
+    text = filled(text, "ablation", averages(small["ablation"]))
+    text = filled(text, "mini", averages(mini["baseline"] + mini["final"]))
     PAGE.write_text(text, encoding="utf-8")
-    summarise(by_stage["final"])
+    summarise(small["final"])
     print(f"wrote {PAGE} and {RESULTS / 'summary.json'}")
+
+
+def by_stage(results: Path) -> dict[str, list[Run]]:
+    found: dict[str, list[Run]] = {stage: [] for stage in ("baseline", "tune", "final", "rate", "ablation")}
+    for path in sorted(results.glob("*.json")):
+        run = json.loads(path.read_text())
+        found[run["job"]["stage"]].append(run)
+    return found
+
+
+def at_one_rate(runs: dict[str, list[Run]]) -> list[Run]:
+    """The runs of that stage, and the final ones whose chosen rate is the same."""
+    found = runs["rate"]
+    return found + [run for run in runs["final"] if found and run["job"]["lr"] == found[0]["job"]["lr"]]
 
 
 def grouped(runs: Iterable[Run]) -> dict[str, list[Run]]:
