@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -178,8 +178,8 @@ def prometheus(target: str, directory: Path) -> Iterator[Prometheus]:
     options = (f"--config.file={directory}/prometheus.yml", f"--storage.tsdb.path={directory}/data",
                f"--web.listen-address=127.0.0.1:{port}", "--log.level=error")  # fmt: skip
     process = subprocess.Popen(["prometheus", *options], stderr=subprocess.PIPE, text=True)
+    found = Prometheus(f"http://127.0.0.1:{port}")
     try:
-        found = Prometheus(f"http://127.0.0.1:{port}")
         deadline = time.monotonic() + 60
         while True:
             try:
@@ -190,8 +190,8 @@ def prometheus(target: str, directory: Path) -> Iterator[Prometheus]:
                 assert time.monotonic() < deadline
             time.sleep(0.2)
         yield found
-        found.http.close()
     finally:
+        found.http.close()
         process.terminate()
         process.communicate(timeout=60)
 
@@ -219,6 +219,21 @@ def traffic(server: Server) -> None:
         list(threads.map(ask, questions))
 
 
+def unanswered(scraped: Prometheus, variables: Mapping[str, str]) -> list[str]:
+    """Panels without a value, and selectors that find no series."""
+    empty = []
+    for where, expression in EXPRESSIONS.items():
+        for name, value in variables.items():
+            expression = expression.replace(name, value)  # noqa: PLW2901
+        found = scraped.query(re.sub(r"offset \w+", "offset 1s", expression))
+        for name, matchers in SELECTOR.findall(expression):
+            if not name.startswith("pmgaft:") and not scraped.query(f"last_over_time({name}{{{matchers}}}[5m])"):
+                empty.append(f"{where}: {name}{{{matchers}}}")
+        if any(panel["title"] == where[:-2] for panel in PANELS) and not found:
+            empty.append(where)
+    return empty
+
+
 @pytest.mark.system
 @pytest.mark.e2e
 @needs("prometheus")
@@ -231,16 +246,10 @@ def test_a_real_prometheus_finds_what_board_and_rules_ask_for(sampling_server: S
         traffic(sampling_server)
         scraped.wait_for('sum(increase(pmgaft_probe_samples_total{outcome="probed"}[1m])) > 0')
         scraped.wait_for("pmgaft:sampled_decided:count1h > 0")
-        empty = []
-        for where, expression in EXPRESSIONS.items():
-            for name, value in variables.items():
-                expression = expression.replace(name, value)  # noqa: PLW2901
-            found = scraped.query(re.sub(r"offset \w+", "offset 1s", expression))
-            for name, matchers in SELECTOR.findall(expression):
-                if not name.startswith("pmgaft:") and not scraped.query(f"last_over_time({name}{{{matchers}}}[5m])"):
-                    empty.append(f"{where}: {name}{{{matchers}}}")
-            if any(panel["title"] == where[:-2] for panel in PANELS) and not found:
-                empty.append(where)
+        deadline = time.monotonic() + 60  # what looks back needs a few scrapes and evaluations to look at
+        while (empty := unanswered(scraped, variables)) and time.monotonic() < deadline:
+            traffic(sampling_server)
+            time.sleep(3)
         assert empty == []
         assert {"PmgaftDown", "PmgaftNotReady"}.isdisjoint(firing(scraped))
         sampling_server._draining = True
