@@ -302,9 +302,11 @@ def carry_out(job: Job, setting: Setting) -> str:
     model = setting.model
     if job.stage != "baseline":
         recipe = recipe_of(job, setting)
-        result["recipe"] = recipe.model_dump(mode="json", exclude_none=True)
+        names = {"model": Path(setting.model).name, "data": f"DATA/{TRAINING_SET}"}  # and not where they lay
+        result["recipe"] = recipe.model_dump(mode="json", exclude_none=True) | names
         model = f"local-dir:{train(recipe, scratch / 'run', device=device, resume=False, report=lambda *_: None)}"
         result |= told(scratch / "run" / "log.jsonl")
+        result["start"] |= dict.fromkeys(("model", "guide"), names["model"])
     trained = time.monotonic()
     if job.stage != "tune":
         result["sets"] = evaluate(load_clip(model, device=device), device)

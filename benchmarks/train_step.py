@@ -275,13 +275,14 @@ def several(step: Step, times: int, pixels: Tensor, labels: Tensor) -> None:
 
 def measure(name: str, settings: Settings) -> dict[str, Any]:
     """Seconds of every variant in every round, the floor, memory and counted operations of one model."""
+    # first: other processes need the memory that this one would be left with
+    peaks = memory_on_cpu(name, settings) if settings.device == "cpu" else {}
     model = build(name, settings.device)
     pixels, labels = example(model.encoder, settings)
     variants = [variant for variant in VARIANTS if settings.bf16 or variant.removeprefix("ours_") not in OTHER_ATTACKS]
     if name == "vit_b32" and not settings.compiled:
         variants.remove("eager")  # without BatchNorm there is nothing to prepare
     steps = floor_parts(model, settings)
-    peaks: dict[str, int] = {}
     for variant in variants:
         before = torch.cuda.memory_allocated() if settings.device == "cuda" else 0
         steps[variant] = VARIANTS[variant](model, settings)  # plain, the last, trains the model itself
@@ -303,12 +304,11 @@ def measure(name: str, settings: Settings) -> dict[str, Any]:
     for label, in_attack in floors.items():
         rounds[label] = [floor(*parts) for parts in zip(forward, gradient, in_attack, strict=True)]
     operations = FORWARDS * forward_operations(model.encoder)
-    del steps, model  # before other processes need the memory
     return {
         "seconds": {variant: [round(value, 5) for value in values] for variant, values in rounds.items()},
         "images_per_second": {v: settings.batch / statistics.median(rounds[v]) for v in variants},
         "tera_operations_an_image": operations / 1e12,
-        "peak_bytes": peaks or memory_on_cpu(name, settings),
+        "peak_bytes": peaks,
     }
 
 
