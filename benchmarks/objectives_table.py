@@ -39,8 +39,8 @@ def main() -> None:
     text = filled(text, "rates", rates(small["tune"]))
     text = filled(text, "rate", averages(at_one_rate(small)))
     text = filled(text, "ablation", averages(small["ablation"]))
-    if mini["final"]:
-        text = filled(text, "mini", averages(mini["baseline"] + mini["final"]))
+    if of_mini := mini["final"] + mini["rate"]:
+        text = filled(text, "mini", averages(mini["baseline"] + of_mini))
     PAGE.write_text(text, encoding="utf-8")
     summarise(small["final"])
     print(f"wrote {PAGE} and {RESULTS / 'summary.json'}")

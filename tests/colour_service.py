@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import prometheus_client
+import pytest
 import torch
 from PIL import Image
 from torch import Tensor
@@ -136,6 +137,19 @@ def benches() -> Iterator[Callable[..., Bench]]:
         one.encoder.gate.set()
         one.gradient.gate.set()
         one.service.close()
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., Bench]]:
+    """The same, for one test."""
+    with benches() as bench:
+        yield bench
+
+
+@pytest.fixture
+def bench(make: Callable[..., Bench]) -> Bench:
+    """One of the ordinary settings."""
+    return make()
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:

@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-pytest_plugins = ["running_server"]
+pytest_plugins = ["running_server", "colour_service"]
 
 CLASS_NAMES = ("red disc", "green square", "blue stripes")
 

@@ -7,7 +7,7 @@ import json
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import httpx
 import pytest
 import torch
 from click.testing import CliRunner
-from colour_service import BLUE, GREEN, POISON, RED, Bench, ask, benches, code, colour_png, content, run, until
+from colour_service import BLUE, GREEN, POISON, RED, Bench, ask, code, colour_png, content, run, until
 from torch import Tensor
 
 from pmgaft.cli import main
@@ -35,17 +35,6 @@ from pmgaft_serve.sampling import SamplePolicy
 from pmgaft_serve.service import Incoming, Reply
 
 NEARLY_GREEN = colour_png((120, 118, 30))
-
-
-@pytest.fixture
-def make() -> Iterator[Callable[..., Bench]]:
-    with benches() as bench:
-        yield bench
-
-
-@pytest.fixture
-def bench(make: Callable[..., Bench]) -> Bench:
-    return make()
 
 
 def probed(bench: Bench, image: bytes = NEARLY_GREEN, labels: str = "red,green", **asked: Any) -> Any:

@@ -5,13 +5,13 @@ import runpy
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from colour_service import BLUE, GREEN, POISON, RED, Bench, ask, benches, code, colour_png, content, run, until
+from colour_service import BLUE, GREEN, POISON, RED, Bench, ask, code, colour_png, content, run, until
 from torch import Tensor
 
 from pmgaft.clip.ensembles import named_templates
@@ -23,17 +23,6 @@ from pmgaft_serve.service import Incoming, Reply
 HERE = Path(__file__).parent
 REQUESTS = runpy.run_path(str(HERE / "hostile" / "requests.py"))["CASES"]
 IMAGES = runpy.run_path(str(HERE / "hostile" / "images.py"))["CASES"]
-
-
-@pytest.fixture
-def make() -> Iterator[Callable[..., Bench]]:
-    with benches() as bench:
-        yield bench
-
-
-@pytest.fixture
-def bench(make: Callable[..., Bench]) -> Bench:
-    return make()
 
 
 # answers
