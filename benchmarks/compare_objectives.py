@@ -169,13 +169,17 @@ def main() -> None:
         if arguments.input_size:
             setting = replace(setting, model=resized(setting.model, arguments.input_size, Path(scratch) / "model"))
         cache_file = Path(scratch) / "pictures.pt"
+        begun = time.monotonic()
         decode(setting, cache_file, arguments.decoders)
+        print(f"decoded the evaluation sets ({time.monotonic() - begun:.0f} s)", flush=True)
         os.environ["PMGAFT_COMPARE_PICTURES"], os.environ["PMGAFT_COMPARE_DATA"] = str(cache_file), setting.data
         with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+            jobs = []
             if "baseline" in arguments.stages:
-                run_all(pool, setting, [Job(stage="baseline", name="original", objective={}, lr=0, seed=0, images=0)])
+                jobs.append(Job(stage="baseline", name="original", objective={}, lr=0, seed=0, images=0))
             if "tune" in arguments.stages:
-                run_all(pool, setting, tuning(arguments.names, arguments.images // 4))
+                jobs += tuning(arguments.names, arguments.images // 4)
+            run_all(pool, setting, jobs)
             rates = chosen_rates(arguments.rates_from or arguments.results, arguments.names)
             jobs = []
             if "final" in arguments.stages:

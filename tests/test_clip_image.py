@@ -12,7 +12,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor, nn
 
-from pmgaft.clip.image import FewSizes, PixelEncoder, fold_batchnorm, freeze, frozen_copy
+from pmgaft.clip.image import FewSizes, PixelEncoder, few_sizes, fold_batchnorm, freeze, frozen_copy
 from pmgaft.clip.loading import Clip
 from pmgaft.clip.preprocess import to_pixels
 from pmgaft.errors import ModelError
@@ -134,10 +134,17 @@ def test_a_padded_tower_gives_the_same_features_and_gradients_and_meets_few_batc
             return images.square().mean(dim=(2, 3))
 
     padded = FewSizes(Tower())
-    for size in range(41):
+    for size in (0, 1, 2, 15, 16, 17, 128, 129, 145, 300):
         images = torch.rand(size, 3, 4, 4, generator=torch.Generator().manual_seed(size), requires_grad=True)
         features = padded(images)
         torch.testing.assert_close(features, images.square().mean(dim=(2, 3)))
         (gradient,) = torch.autograd.grad(features.sum(), images)
         torch.testing.assert_close(gradient, images.detach() / 8)
-    assert sorted(set(met)) == [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48]
+    assert sorted(set(met)) == [0, 1, 16, 128]
+
+
+def test_few_sizes_pads_towers_of_many_convolutions_and_leaves_others() -> None:
+    many = PixelEncoder(nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(5))), (0, 0, 0), (1, 1, 1), (8, 8))
+    few = PixelEncoder(nn.Conv2d(3, 3, 8), (0, 0, 0), (1, 1, 1), (8, 8))
+    assert isinstance(few_sizes(many).tower, FewSizes)
+    assert few_sizes(few) is few

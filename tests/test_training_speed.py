@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pmgaft.attacks import Budget
-from pmgaft.clip.image import fold_batchnorm, freeze, frozen_copy
+from pmgaft.clip.image import FewSizes, PixelEncoder, fold_batchnorm, freeze, frozen_copy
 from pmgaft.clip.loading import Clip, load_clip
 from pmgaft.device import float32_products
 from pmgaft.errors import PmgaftError
@@ -218,7 +218,9 @@ def test_judging_counts_the_same_when_a_gpu_is_spared_new_batch_sizes(tiny_vit_c
     with torch.no_grad():
         labels = (tiny_vit_clip.image(pixels) @ texts.T).argmax(dim=1)
     labels[0] = (labels[0] + 1) % 3
-    encoders = tiny_vit_clip.image, judging.few_sizes(tiny_vit_clip.image)
+    plain_encoder = tiny_vit_clip.image
+    mean, std = plain_encoder.mean.flatten().tolist(), plain_encoder.std.flatten().tolist()
+    encoders = plain_encoder, PixelEncoder(FewSizes(plain_encoder.tower), mean, std, plain_encoder.size)
     standing = []
     for eps in (1 / 255, 16 / 255, 96 / 255):
         plain, spared = (

@@ -139,11 +139,11 @@ def attack_surface(
 
 
 def attackable(encoder: PixelEncoder) -> PixelEncoder:
-    """A frozen copy that computes the same and is quick to differentiate: folded, channels last, nothing in place; on a
-    GPU in few batch sizes, since rows leave an attack as they break.
+    """A frozen copy that computes the same and is quick to differentiate: folded, nothing in place; channels last, or
+    on a GPU in few batch sizes, since rows leave an attack as they break.
     """
-    quick = nothing_in_place(freeze(fold_batchnorm(encoder)).to(memory_format=torch.channels_last))
-    return few_sizes(quick) if encoder.mean.is_cuda else quick
+    quick = nothing_in_place(freeze(fold_batchnorm(encoder)))
+    return few_sizes(quick) if encoder.mean.is_cuda else quick.to(memory_format=torch.channels_last)
 
 
 def nothing_in_place(encoder: PixelEncoder) -> PixelEncoder:

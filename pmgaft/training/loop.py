@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from pmgaft.attacks import Budget
 from pmgaft.clip.loading import tensors_hash
@@ -140,10 +139,9 @@ class _Run:
     def __init__(self, recipe: Recipe, directory: Path, device: torch.device, ranks: Ranks, report: Report) -> None:
         self.recipe, self.directory, self.device, self.ranks, self.report = recipe, directory, device, ranks, report
         self.parts = build(recipe, device, ranks)
-        self.parameters = list(self.parts.learner.student.parameters())
+        self.parameters: list[Tensor] = list(self.parts.learner.student.parameters())
         self.layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.length = Length(steps=self._steps(), minutes=recipe.minutes)
-        self.average = None if recipe.ema is None else get_ema_multi_avg_fn(recipe.ema)  # type: ignore[no-untyped-call]
         self.watch = Watch(lambda: advice(directory / "checkpoints") + " and --changed")
         self.position = Position()
         self.saved: Position | None = None
@@ -265,9 +263,10 @@ class _Run:
             norm = nn.utils.clip_grad_norm_(self.parameters, recipe.clip_norm)
         self.watch.look(self.position.step + 1, measured, whole(norm))
         optimizer.step()
-        if self.average is not None and self.parts.average is not None:
+        if recipe.ema is not None and self.parts.average is not None:
+            weight = newest_weight(recipe.ema, self.position.step + 1)
             with torch.no_grad():
-                self.average(self.parts.average, self.parameters, 0)
+                torch._foreach_lerp_(self.parts.average, self.parameters, weight)
         return measured
 
     def _moment(self) -> _Moment | None:
@@ -406,6 +405,13 @@ class _Run:
         if self.ranks.first:
             with self.writing("the model"):
                 save_model(self.directory, kept, self.parts.clip, folded=self.recipe.fold_batchnorm)
+
+
+def newest_weight(decay: float, step: int) -> float:
+    """What the newest weights count in their running mean after `step` steps, so that those of k steps ago count
+    decay^k and the start, which was not trained, nothing. Source: Kingma and Ba 2015, section 3 (bias correction).
+    """
+    return (1 - decay) / (1 - decay**step)
 
 
 def _name(device: torch.device) -> str:

@@ -106,7 +106,8 @@ class Recipe(_Section):
     clip_norm: Positive | None = None
     """Largest l2 norm of the gradient over all parameters; left out: no clipping."""
     ema: Share | None = None
-    """Decay per step of a running mean of the weights, which is then what is judged and kept; left out: none."""
+    """Decay per step of a running mean of the weights after each step (the start not among them), which is then what is
+    judged and kept; left out: none."""
 
     image_size: Annotated[int, Field(ge=16, le=1024)] | None = None
     """Side in pixels of the pictures trained on, for towers that take any; left out: the model's own. The model's own
