@@ -150,28 +150,13 @@ def test_an_unknown_series_or_label_is_a_mistake_in_the_code() -> None:
         metrics.count("pmgaft_requests_total", outcome="ok", cat="tabby")
 
 
-@pytest.fixture
-def torchserve_metrics() -> Iterator[str]:
-    """Something that answers like TorchServe's metrics address."""
-    pages = Pages(
-        directory=Path(),
-        torchserve_metrics="",
-        ready=lambda: True,
-        alive=lambda: True,
-        documents={"/theirs": "ts_inference_requests_total 4.0"},
-    )
-    exporter = Exporter("127.0.0.1", 0, pages)
-    yield f"http://127.0.0.1:{exporter.port}/theirs"
-    exporter.close()
+def pages_of(directory: Path, torchserve: str = "", *, ready: bool = True) -> Pages:
+    return Pages(directory=directory, torchserve=lambda: torchserve, ready=lambda: ready, alive=lambda: True)
 
 
-def pages_of(directory: Path, torchserve: str, *, ready: bool = True) -> Pages:
-    return Pages(directory=directory, torchserve_metrics=torchserve, ready=lambda: ready, alive=lambda: True)
-
-
-def test_one_scrape_gives_our_series_and_torchserves(tmp_path: Path, torchserve_metrics: str) -> None:
+def test_one_scrape_gives_our_series_and_torchserves(tmp_path: Path) -> None:
     end(start_worker(tmp_path, 2))
-    exporter = Exporter("127.0.0.1", 0, pages_of(tmp_path, torchserve_metrics))
+    exporter = Exporter("127.0.0.1", 0, pages_of(tmp_path, "ts_inference_requests_total 4.0\n"))
     answer = httpx.get(f"http://127.0.0.1:{exporter.port}/metrics", trust_env=False)
     exporter.close()
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -179,15 +164,8 @@ def test_one_scrape_gives_our_series_and_torchserves(tmp_path: Path, torchserve_
     assert "ts_inference_requests_total 4.0" in answer.text
 
 
-def test_our_series_are_there_without_torchserve(tmp_path: Path) -> None:
-    end(start_worker(tmp_path, 2))
-    status, _, text = pages_of(tmp_path, "http://127.0.0.1:1/metrics").page("/metrics")
-    assert status == 200
-    assert total(text, "pmgaft_requests_total") == 2
-
-
 def test_a_scraper_that_hangs_up_leaves_no_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pages = pages_of(tmp_path, "")
+    pages = pages_of(tmp_path)
     began, hung_up = Event(), Event()
 
     def slow() -> bool:

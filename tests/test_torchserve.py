@@ -5,6 +5,7 @@ import json
 import socket
 import stat
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from pydantic import TypeAdapter
 from pmgaft.cli import main
 from pmgaft.errors import InputError, ServerError
 from pmgaft_serve import torchserve
+from pmgaft_serve.credentials import Tls
 from pmgaft_serve.probing import ProbePolicy
 from pmgaft_serve.sampling import SamplePolicy
 from pmgaft_serve.service import Settings
 from pmgaft_serve.torchserve import Ports, ServeOptions, check_port, config_properties, find_java, free_ports
 
 OPTIONS = ServeOptions(bundle=Path("/bundle"))
-PORTS = Ports(inference=1, management=2, metrics=3, grpc_inference=4, grpc_management=5, worker=6)
+PORTS = Ports(inference=1, grpc_inference=4, grpc_management=5, worker=6)
 
 
 # Java
@@ -81,7 +83,7 @@ def test_our_jar_was_built_from_our_source_and_replaces_one_class() -> None:
 
 
 def properties(options: ServeOptions) -> dict[str, str]:
-    lines = config_properties(options, PORTS, Path("/store")).splitlines()
+    lines = config_properties(options, PORTS, Path("/state")).splitlines()
     return dict(line.split("=", 1) for line in lines)
 
 
@@ -89,11 +91,22 @@ def test_nothing_can_be_loaded_or_changed_from_outside() -> None:
     found = properties(ServeOptions(bundle=Path("/b"), host="0.0.0.0"))
     assert found["inference_address"] == "http://0.0.0.0:1"
     for name in ("management_address", "metrics_address"):
-        assert found[name].startswith("http://127.0.0.1:")
+        assert found[name].startswith("unix:/state/")
     for name in ("grpc_inference_address", "grpc_management_address"):
         assert found[name] == "127.0.0.1"
     assert found["enable_model_api"] == found["install_py_dep_per_model"] == "false"
-    assert found["allowed_urls"] == "file:///store/.*"
+    assert found["allowed_urls"] == "file:///state/store/.*"
+
+
+def test_tls_is_torchserves_own_and_cors_is_off_unless_an_origin_is_named() -> None:
+    assert not {name for name in properties(OPTIONS) if "cors" in name or "ssl" in name or "certificate" in name}
+    tls = Tls(certificate=Path("/c.pem"), key=Path("/k.pem"))
+    found = properties(replace(OPTIONS, tls=tls, cors_origin="https://a.example"))
+    assert found["inference_address"] == "https://127.0.0.1:1"
+    assert (found["certificate_file"], found["private_key_file"]) == ("/c.pem", "/k.pem")
+    assert found["enable_grpc_ssl"] == "false"  # its port is ours alone, on loopback
+    assert found["cors_allowed_origin"] == "https://a.example"
+    assert properties(replace(OPTIONS, tls=tls, grpc_port=7))["enable_grpc_ssl"] == "true"
 
 
 def test_our_own_413_comes_before_torchserves() -> None:

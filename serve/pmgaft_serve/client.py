@@ -76,6 +76,7 @@ class Client:
             timeout=timeout,
             transport=transport,
             trust_env=not loopback,  # a proxy from the environment does not reach this machine
+            verify=httpx.create_ssl_context(),  # SSL_CERT_FILE from the environment does count
         )
 
     def __enter__(self) -> Self:
@@ -92,7 +93,7 @@ class Client:
         """One picture's answer.
 
         Raises: ImageError (image_missing) for a file that cannot be read; RefusedError with the server's own words;
-        ServerError (not_reachable, not_ours) where there is no server, or another one.
+        ServerError (not_reachable, not_trusted, not_ours) where there is no server, or another one.
         """
         content = _read(image) if isinstance(image, Path) else image
         answer = self._post(files={"image": ("image", content, "application/octet-stream")}, data=question.form())
@@ -106,7 +107,10 @@ class Client:
     def _post(self, **content: Any) -> httpx.Response:
         try:
             return self._http.post(self.url + PATH, **content)
-        except httpx.ConnectError:
+        except httpx.ConnectError as error:
+            if "CERTIFICATE_VERIFY_FAILED" in str(error):
+                message = f"the certificate of {self.url} is not trusted; if it should be, name its issuer's file in "
+                raise ServerError(message + f"SSL_CERT_FILE ({error})", code="not_trusted") from None
             message = f"no server answers at {self.url}; start one with: pmgaft serve mini-robust"
             raise ServerError(message, code="not_reachable") from None
         except httpx.TimeoutException:

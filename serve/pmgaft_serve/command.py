@@ -32,6 +32,9 @@ ENGINES = (
 )  # fmt: skip
 
 
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+
+
 @click.command(short_help="Serve a bundle or a shipped model over HTTP.")
 @click.argument("bundle_or_name")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need --token.")
@@ -50,6 +53,10 @@ ENGINES = (
     help="auto, an engine (torchscript, onnxruntime, tensorrt, aotinductor), or a format of the bundle (onnx-int8 ..).",
 )  # fmt: skip
 @click.option("--token", envvar="PMGAFT_TOKEN", help="Ask clients for this token; better given as PMGAFT_TOKEN.")
+@click.option("--token-file", type=FILE, help="The same from a file of one line.")
+@click.option("--tls-certificate", type=FILE, help="For HTTPS: a PEM file, with the certificates up to the root's.")
+@click.option("--tls-key", type=FILE, help="For HTTPS: its key, PEM in PKCS #8 form.")
+@click.option("--cors-origin", metavar="ORIGIN", help='Whose pages may read answers in a browser; "*": anybody\'s.')
 @serve_options
 @click.option("--max-requests", default=64, show_default=True, type=click.IntRange(1), help="In work; others get 503.")
 @click.option(
@@ -59,7 +66,7 @@ ENGINES = (
 @click.option(
     "--warm-labels",
     multiple=True,
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=FILE,
     help="A file of labels to encode before the first request.",
 )
 @click.option("--label-cache", default=256, show_default=True, type=click.IntRange(1), help="For labels: megabytes.")
@@ -93,6 +100,10 @@ def serve(
     device: str,
     engine: str,
     token: str | None,
+    token_file: Path | None,
+    tls_certificate: Path | None,
+    tls_key: Path | None,
+    cors_origin: str | None,
     max_requests: int,
     limits: tuple[str, ...],
     label_sets: tuple[str, ...],
@@ -128,16 +139,16 @@ def serve(
     from pmgaft_export.bundle import open_bundle
     from pmgaft_export.shipped import bundle_for
 
+    from .credentials import read_tls, read_token
     from .label_sets import read_label_set
     from .service import Settings
     from .torchserve import ServeOptions, is_loopback
 
+    token = read_token("token", token, token_file)
+    tls = read_tls(tls_certificate, tls_key)
     if not is_loopback(host) and not token:
         message = f"{host} can be reached from other machines; give a --token that clients must send"
         raise InputError(message, field="host", code="token_missing")
-    for one in (token, probing["probe_token"]):
-        if one is not None and not (one.isascii() and one.isprintable() and one.strip() == one and one):
-            raise InputError("a token is one or more printable ASCII characters", field="token", code="token_invalid")
     processes = workers or _gpus(pick_device(device), device)
     cores = max(1, _cores() // processes)
     limited = _limits(limits)
@@ -168,6 +179,8 @@ def serve(
         settings=settings,
         sets=sets,
         warm=warm,
+        tls=tls,
+        cors_origin=cors_origin,
         log=cast("LogFormat", log_format),
         start_seconds=start_seconds,
         drain_seconds=drain_seconds,
@@ -282,11 +295,9 @@ def _banner(server: Server, name: str) -> None:
 
 
 @click.command(short_help="Ask a running server about pictures.")
-@click.argument("images", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=FILE)
 @click.option("--labels", multiple=True, help="What it might be, separated by commas; or a set's @NAME.")
-@click.option(
-    "--label-file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A file with a label a line."
-)
+@click.option("--label-file", type=FILE, help="A file with a label a line.")
 @click.option("--template", multiple=True, help='Prompt with one "{}" for the label; several are averaged.')
 @click.option("--templates", help='A standard set of prompts by name, such as "imagenet".')
 @click.option("--top-k", type=click.IntRange(1), help="Show only the most probable labels.")

@@ -22,7 +22,6 @@ from pathlib import Path
 from threading import Thread
 from typing import Literal
 
-import httpx
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -422,12 +421,13 @@ def total(text: str, name: str, /, **labels: str) -> float:
 class Pages:
     """What the exporter serves.
 
-    ready: whether a request would be answered now; alive: whether TorchServe runs; processes: their ids by name.
-    documents: path -> what is served there as JSON.
+    torchserve: its own series in Prometheus' text format, "" where it does not tell. ready: whether a request would be
+    answered now; alive: whether TorchServe runs; processes: their ids by name. documents: path -> what is served there
+    as JSON.
     """
 
     directory: Path
-    torchserve_metrics: str
+    torchserve: Callable[[], str]
     ready: Callable[[], bool]
     alive: Callable[[], bool]
     processes: Callable[[], Mapping[str, int]] = dict
@@ -437,7 +437,7 @@ class Pages:
         """(status, content type, body) of /metrics, /healthz, /readyz, and of each document, as JSON."""
         if path == "/metrics":
             seen = observed(ready=self.ready(), processes=self.processes())
-            return 200, CONTENT_TYPE, collect(self.directory) + seen + self._torchserve()
+            return 200, CONTENT_TYPE, collect(self.directory) + seen + self.torchserve()
         if path in ("/healthz", "/readyz"):
             good = self.alive() if path == "/healthz" else self.ready()
             return 200 if good else 503, "text/plain; charset=utf-8", "ok\n" if good else "not ready\n"
@@ -445,13 +445,6 @@ class Pages:
             return 200, "application/json", json.dumps(self.documents[path])
         known = ", ".join(("/metrics", "/healthz", "/readyz", *self.documents))
         return 404, "text/plain; charset=utf-8", f"here are {known}\n"
-
-    def _torchserve(self) -> str:
-        try:
-            answer = httpx.get(self.torchserve_metrics, timeout=2, trust_env=False)
-        except httpx.HTTPError:
-            return ""  # our own series are worth having without it
-        return answer.text if answer.is_success else ""
 
 
 class Exporter:

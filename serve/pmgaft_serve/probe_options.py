@@ -24,6 +24,10 @@ _SERVE = (
         "--probe-token", envvar="PMGAFT_PROBE_TOKEN",
         help="With --probe token: what such clients send as their token; better given as PMGAFT_PROBE_TOKEN.",
     ),
+    click.option(
+        "--probe-token-file", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="The same from a file of one line.",
+    ),
     click.option("--probe-images", is_flag=True, help="Probes may return the adversarial images they find."),
     click.option(
         "--probe-queue", default=8, show_default=True, type=click.IntRange(1),
@@ -94,9 +98,10 @@ def probe_policy(options: Mapping[str, Any], *, loopback: bool, workers: int) ->
     """From the values of `serve_options`. Raises: InputError (token_missing, probe_token_unused)."""
     from pmgaft.errors import InputError
 
+    from .credentials import read_token
     from .probing import ProbePolicy
 
-    token = options["probe_token"]
+    token = read_token("probe-token", options["probe_token"], options["probe_token_file"])
     allow: Literal["off", "on", "token"] = options["probe"] or ("token" if token else "on" if loopback else "off")
     if allow == "token" and not token:
         message = "--probe token needs a --probe-token (better: PMGAFT_PROBE_TOKEN) that clients must send"

@@ -29,6 +29,7 @@ import yaml
 
 from pmgaft.errors import InputError, ServerError
 
+from .credentials import Tls
 from .label_sets import LabelSet, write_label_sets
 from .metrics import Exporter, Pages, collect, total
 from .protocol import PATH, openapi
@@ -38,6 +39,7 @@ from .service import Settings
 MODEL = "pmgaft"
 HANDLER = "pmgaft_serve.handler"
 FAILURE = "failure.txt"  # written by a worker that could not load the model
+MANAGEMENT, METRICS = "management.sock", "metrics.sock"  # unix sockets
 DRAINING = "draining"  # while this file is there, workers take no new requests
 JAVA_AT_LEAST = 17
 HEAP = "512m"
@@ -69,8 +71,9 @@ class ServeOptions:
 
     grpc_port: for TorchServe's gRPC interface, on `host`; None: any free one, on the loopback interface alone.
     device, engine: as for `pick_device` and `open_engine`. sets: label sets that requests may call by name; warm: label
-    lists to be known from the start. log: what becomes of one line a request. start_seconds: until the first worker
-    must be ready. drain_seconds: that requests in work get at the end.
+    lists to be known from the start. tls: for HTTPS, and for gRPC where grpc_port is given. cors_origin: whose pages a
+    browser lets read the answers, "*" for anybody's. log: what becomes of one line a request. start_seconds: until the
+    first worker must be ready. drain_seconds: that requests in work get at the end.
     """
 
     bundle: Path
@@ -84,6 +87,8 @@ class ServeOptions:
     settings: Settings = field(default_factory=Settings)
     sets: tuple[LabelSet, ...] = ()
     warm: tuple[LabelSet, ...] = ()
+    tls: Tls | None = None
+    cors_origin: str | None = None
     log: LogFormat = "none"
     start_seconds: float = 180.0
     drain_seconds: float = 30.0
@@ -174,21 +179,23 @@ class Ports:
     """Every port of one TorchServe. `worker` only names sockets."""
 
     inference: int
-    management: int
-    metrics: int
     grpc_inference: int
     grpc_management: int
     worker: int
 
 
-def config_properties(options: ServeOptions, ports: Ports, store: Path) -> str:
-    """TorchServe's config.properties: nothing can be loaded or changed from outside, nothing is decoded for us."""
+def config_properties(options: ServeOptions, ports: Ports, state: Path) -> str:
+    """TorchServe's config.properties: nothing can be loaded or changed from outside, nothing is decoded for us.
+
+    state: the server's directory. Management and metrics listen on unix sockets in it, where only its user gets.
+    """
+    store = state / "store"
     request_bytes = options.settings.limits.request_bytes
     grpc_host = "127.0.0.1" if options.grpc_port is None else options.host
     properties = {
-        "inference_address": f"http://{options.host}:{ports.inference}",
-        "management_address": f"http://127.0.0.1:{ports.management}",
-        "metrics_address": f"http://127.0.0.1:{ports.metrics}",
+        "inference_address": f"{_scheme(options)}://{options.host}:{ports.inference}",
+        "management_address": f"unix:{state / MANAGEMENT}",
+        "metrics_address": f"unix:{state / METRICS}",
         "grpc_inference_address": grpc_host,
         "grpc_inference_port": ports.grpc_inference,
         "grpc_management_address": "127.0.0.1",
@@ -208,6 +215,12 @@ def config_properties(options: ServeOptions, ports: Ports, store: Path) -> str:
         "disable_system_metrics": "true",
         "async_logging": "false",
     }
+    if options.tls is not None:
+        properties |= {"certificate_file": options.tls.certificate, "private_key_file": options.tls.key}
+        properties |= {"enable_grpc_ssl": "false" if options.grpc_port is None else "true"}
+    if options.cors_origin is not None:
+        properties |= {"cors_allowed_origin": options.cors_origin, "cors_allowed_methods": "POST"}
+        properties |= {"cors_allowed_headers": "Authorization, Content-Type, X-Request-Id"}
     return "".join(f"{name}={value}\n" for name, value in properties.items())
 
 
@@ -263,22 +276,20 @@ class Server:
         self._draining = False
         self._metrics = state / "metrics"
         self._collector = Collector(state / SOCKET) if options.log != "none" else None
-        inference, management, metrics, *others = free_ports(6)
+        inference, *others = free_ports(4)
         inference = options.port or inference
         ports = Ports(
             inference=inference,
-            management=management,
-            metrics=metrics,
             grpc_inference=options.grpc_port or others[0],
             grpc_management=others[1],
             worker=others[2],
         )
-        self.url = f"http://{_in_url(options.host)}:{inference}"
+        self.url = f"{_scheme(options)}://{_in_url(options.host)}:{inference}"
         self.grpc = f"{'127.0.0.1' if options.grpc_port is None else _in_url(options.host)}:{ports.grpc_inference}"
-        self._management = httpx.Client(base_url=f"http://127.0.0.1:{management}", trust_env=False, timeout=5)
+        self._management, self._torchserve = (_unix_client(state / name) for name in (MANAGEMENT, METRICS))
         pages = Pages(
             directory=self._metrics,
-            torchserve_metrics=f"http://127.0.0.1:{metrics}/metrics",
+            torchserve=self._torchserve_series,
             ready=self.ready,
             alive=self.alive,
             processes=self.processes,
@@ -348,6 +359,7 @@ class Server:
             self._process.wait()
             self._exporter.close()
             self._management.close()
+            self._torchserve.close()
             if self._collector is not None:
                 self._collector.close()
 
@@ -358,7 +370,7 @@ class Server:
         write_archive(store / MODEL, model_config(self.options, self.state))
         write_label_sets(self.state / "label-sets.json", self.options.sets)
         write_label_sets(self.state / "warm-labels.json", self.options.warm)
-        (self.state / "config.properties").write_text(config_properties(self.options, ports, store))
+        (self.state / "config.properties").write_text(config_properties(self.options, ports, self.state))
         (self.state / "log4j2.xml").write_text(_LOG4J.format(file=self.log))
 
     def _launch(self, java: Java) -> subprocess.Popen[bytes]:
@@ -399,11 +411,26 @@ class Server:
             )
 
     def _workers(self) -> list[dict[str, Any]]:
+        answer = self._get(self._management, MANAGEMENT, f"/models/{MODEL}")
         try:
-            answer = self._management.get(f"/models/{MODEL}")
-            return list(answer.json()[0]["workers"]) if answer.is_success else []
-        except (httpx.HTTPError, ValueError, LookupError):
+            return list(answer.json()[0]["workers"]) if answer else []
+        except (ValueError, LookupError):
             return []
+
+    def _torchserve_series(self) -> str:
+        """Of its own; nothing where it does not tell: our series are worth having without."""
+        answer = self._get(self._torchserve, METRICS, "/metrics")
+        return answer.text if answer else ""
+
+    def _get(self, client: httpx.Client, name: str, path: str) -> httpx.Response | None:
+        """What TorchServe answers on its socket `name`, if it is a success."""
+        if not (self.state / name).exists() or not self.alive():
+            return None  # httpcore leaves its own socket open where nobody listens
+        try:
+            answer = client.get(path)
+        except httpx.HTTPError:
+            return None
+        return answer if answer.is_success else None
 
     def _worker_states(self) -> list[str]:
         return [str(worker["status"]) for worker in self._workers()]
@@ -423,7 +450,9 @@ class Server:
         headers["X-Request-Id"] = "first-request"
         content = {"image": _GREY_PNG, "labels": ["a"]}  # within any limits that make sense
         try:
-            answer = httpx.post(self.url + PATH, json=content, headers=headers, timeout=60, trust_env=False)
+            # It is our own server, whose certificate may well name another host than the address it listens on.
+            with httpx.Client(timeout=60, trust_env=False, verify=False) as client:
+                answer = client.post(self.url + PATH, json=content, headers=headers)
         except httpx.HTTPError as error:
             raise _start_failed(f"the first request got no answer ({type(error).__name__})", self.log) from error
         if not answer.is_success:
@@ -476,6 +505,16 @@ def _metrics_port(options: ServeOptions, inference: int) -> int:
 
 def _start_failed(reason: str, log: Path) -> ServerError:
     return ServerError(f"the server did not start: {reason.strip()} (log: {log})", code="start_failed")
+
+
+def _unix_client(path: Path) -> httpx.Client:
+    """A client of what listens on a unix socket."""
+    transport = httpx.HTTPTransport(uds=str(path))
+    return httpx.Client(base_url="http://torchserve", transport=transport, trust_env=False, timeout=5)
+
+
+def _scheme(options: ServeOptions) -> str:
+    return "http" if options.tls is None else "https"
 
 
 def _in_url(host: str) -> str:

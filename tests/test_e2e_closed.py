@@ -1,0 +1,114 @@
+"""What a real server keeps closed unless asked: addresses, other people's pages, plain HTTP where there is TLS."""
+
+import base64
+import os
+import shutil
+import socket
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from running_server import LABELS, PNG, Running
+
+from pmgaft.errors import ServerError
+from pmgaft_serve.client import Client, Question
+from pmgaft_serve.credentials import Tls
+from pmgaft_serve.protocol import PATH
+from pmgaft_serve.torchserve import ServeOptions, Server, serving
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.xdist_group("serve")]
+
+ORIGIN = "https://lab.example"
+
+
+def listening(server: Server) -> dict[int, str]:
+    """port -> address of everything that TorchServe, its workers and this process listen on."""
+    family = [psutil.Process(), *(psutil.Process(pid) for pid in server.processes().values())]
+    sockets = [one for process in family for one in process.net_connections("inet")]
+    return {one.laddr.port: one.laddr.ip for one in sockets if one.status == psutil.CONN_LISTEN}
+
+
+def test_a_server_listens_on_loopback_alone_and_on_no_port_that_is_not_told(running: Running) -> None:
+    found = listening(running.server)
+    told = {
+        int(url.rpartition(":")[2]) for url in (running.server.url, running.server.metrics_url, running.server.grpc)
+    }
+    assert told <= found.keys()
+    assert all(address.removeprefix("::ffff:") in ("127.0.0.1", "::1") for address in found.values())
+    # TorchServe cannot close its gRPC port for management, whose API is off
+    mine = {one.laddr.port for one in psutil.Process().net_connections("inet") if one.status == psutil.CONN_LISTEN}
+    assert len(found.keys() - told - mine) == 1
+
+
+def test_management_and_metrics_are_files_that_only_their_user_reaches(running: Running) -> None:
+    state = running.server.state
+    assert stat.S_IMODE(state.stat().st_mode) == 0o700
+    assert state.stat().st_uid == os.getuid()
+    assert stat.S_ISSOCK((state / "management.sock").stat().st_mode)
+    assert "ts_inference_requests_total" in running.metrics()
+
+
+def test_no_model_can_be_loaded_even_over_the_management_socket(running: Running) -> None:
+    transport = httpx.HTTPTransport(uds=str(running.server.state / "management.sock"))
+    with httpx.Client(base_url="http://torchserve", transport=transport) as client:
+        assert client.post("/models", params={"url": "https://example.com/evil.mar"}).status_code == 405
+        assert client.delete("/models/pmgaft").status_code == 405
+
+
+def test_no_page_of_another_origin_reads_an_answer(running: Running) -> None:
+    content = {"image": base64.b64encode(PNG).decode(), "labels": LABELS}
+    answer = running.http.post(running.server.url + PATH, json=content, headers={"Origin": ORIGIN})
+    assert answer.status_code == 200
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Tls:
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl, which makes the certificate, is not installed")
+    files = tmp_path_factory.mktemp("tls")
+    certificate, key = files / "certificate.pem", files / "key.pem"
+    words = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    words += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-out", str(certificate), "-keyout", str(key)]
+    subprocess.run(words, check=True, capture_output=True)
+    return Tls(certificate=certificate, key=key)
+
+
+@pytest.fixture(scope="module")
+def secured(served_bundle: Path, tls: Tls) -> Iterator[Server]:
+    options = ServeOptions(bundle=served_bundle, port=0, start_seconds=400, tls=tls, cors_origin=ORIGIN)
+    with serving(options) as server:
+        yield server
+
+
+def test_tls_answers_who_trusts_its_certificate(secured: Server, tls: Tls, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert secured.url.startswith("https://")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tls.certificate))
+    with Client(secured.url) as client:
+        assert client.classify(PNG, Question(labels=LABELS)).predictions
+    monkeypatch.delenv("SSL_CERT_FILE")
+    with Client(secured.url) as client, pytest.raises(ServerError, match=r"not trusted.*SSL_CERT_FILE"):
+        client.classify(PNG, Question(labels=LABELS))
+
+
+def test_plain_http_gets_nothing_from_a_server_with_tls(secured: Server) -> None:
+    host, _, port = secured.url.removeprefix("https://").rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=30) as plain:
+        plain.sendall(f"GET {PATH} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert b"HTTP/1.1 200" not in plain.recv(1000)
+
+
+def test_only_the_named_origins_pages_read_answers(secured: Server) -> None:
+    content = {"image": base64.b64encode(PNG).decode(), "labels": LABELS}
+    with httpx.Client(verify=False, timeout=60, trust_env=False) as client:
+        answer = client.post(secured.url + PATH, json=content, headers={"Origin": ORIGIN})
+        asked = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST"}
+        before = client.options(secured.url + PATH, headers=asked)
+    assert answer.headers["access-control-allow-origin"] == ORIGIN
+    assert before.is_success
+    assert before.headers["access-control-allow-origin"] == ORIGIN
+    assert "POST" in before.headers["access-control-allow-methods"]
