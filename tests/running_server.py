@@ -1,6 +1,7 @@
 """One real TorchServe with a real bundle of a tiny model, for all tests that put questions to a server.
 
-It is started with traps on its PYTHONPATH: a worker that imports a training library leaves a mark. Tests that use it
+It is started with traps on its PYTHONPATH: a worker that imports a training library, or unpickles a class or a
+function (Python's audit event for it), leaves a mark. Tests that use it
 belong to the xdist group "serve", so that one process holds it.
 """
 
@@ -28,6 +29,14 @@ from pmgaft_serve.torchserve import ServeOptions, Server, serving
 PNG: bytes = runpy.run_path(str(Path(__file__).parent / "hostile" / "requests.py"))["PNG"]
 LABELS = ["red disc", "green square", "blue stripes"]
 TRAPS = ("open_clip", "timm", "torchvision", "huggingface_hub")
+PICKLE_TRAP = """
+import sys
+def watch(event, arguments):
+    if event == "pickle.find_class":
+        with open({sprung!r}, "a") as file:
+            file.write(f"unpickled {{arguments}}\\n")
+sys.addaudithook(watch)
+"""
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ def running(served_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     traps = tmp_path_factory.mktemp("traps")
     for name in TRAPS:
         (traps / f"{name}.py").write_text(f"open({str(traps / 'sprung')!r}, 'a').write({name!r})\nraise ImportError\n")
+    (traps / "sitecustomize.py").write_text(PICKLE_TRAP.format(sprung=str(traps / "sprung")))
     pets = LabelSet(name="pets", labels=("cat", "dog", "bird"))
     settings = Settings(probe=ProbePolicy(queue=3))
     options = ServeOptions(bundle=served_bundle, port=0, start_seconds=400, sets=(pets,), settings=settings)

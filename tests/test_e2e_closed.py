@@ -2,17 +2,19 @@
 
 import base64
 import os
+import re
 import shutil
 import socket
 import stat
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
-from running_server import LABELS, PNG, Running
+from running_server import LABELS, PICKLE_TRAP, PNG, Running
 
 from pmgaft.errors import ServerError
 from pmgaft_serve.client import Client, Question
@@ -64,6 +66,32 @@ def test_no_page_of_another_origin_reads_an_answer(running: Running) -> None:
     answer = running.http.post(running.server.url + PATH, json=content, headers={"Origin": ORIGIN})
     assert answer.status_code == 200
     assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_nothing_is_unpickled_from_the_start_to_an_answer_and_a_probe(running: Running) -> None:
+    assert running.ask().status_code == 200
+    assert running.ask(probe={"eps": "1/255", "steps": 2}).status_code == 200
+    sprung = running.traps / "sprung"
+    assert not sprung.exists(), sprung.read_text()
+
+
+def test_the_trap_for_unpickling_springs(tmp_path: Path) -> None:
+    sprung = tmp_path / "sprung"
+    (tmp_path / "sitecustomize.py").write_text(PICKLE_TRAP.format(sprung=str(sprung)))
+    program = "import pickle, pathlib; pickle.loads(pickle.dumps(pathlib.Path('x')))"
+    subprocess.run([sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": str(tmp_path)}, check=True)
+    assert "PosixPath" in sprung.read_text()
+
+
+def test_no_served_file_names_pickle_or_torch_load() -> None:
+    top = Path(__file__).parent.parent
+    served = [
+        *(top / "serve").rglob("*.py"),
+        *(top / "export").rglob("*.py"),
+        *(top / "pmgaft" / "probe").rglob("*.py"),
+    ]
+    assert served
+    assert not [path for path in served if re.search(r"pickle\.|import pickle|torch\.load\b", path.read_text())]
 
 
 @pytest.fixture(scope="module")
