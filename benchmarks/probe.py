@@ -44,6 +44,8 @@ VIT = "vit-b32-random"
 NORMS: tuple[Norm, ...] = ("linf", "l2")
 GRADIENTS = 100
 STEPS = 100
+AT_ONCE = 25
+"""Images searched at once, by ours and by the peers: on a CPU twice as quick as all 200."""
 FAB_ITERATIONS = 100
 """FAB's default: of as many gradients each as there are classes."""
 EPS = 1 / 255
@@ -114,7 +116,8 @@ def judge(name: str, search: Search, model: Counted, pixels: Tensor, answers: Te
     began = time.perf_counter()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        found = search(model, pixels, answers, norm)
+        parts = zip(pixels.split(AT_ONCE), answers.split(AT_ONCE), strict=True)
+        found = torch.cat([search(model, *part, norm) for part in parts])
     seconds = time.perf_counter() - began
     forwards, gradients = model.forwards / len(pixels), model.gradients / len(pixels)
     with torch.no_grad():

@@ -68,7 +68,12 @@ class Texts:
         self.entered = threading.Event()
         self.calls: list[tuple[str, ...]] = []
 
-    def __call__(self, texts: Sequence[str]) -> Tensor:
+    context_length = 77
+
+    def tokens(self, texts: Sequence[str]) -> int:
+        return sum(len(text.split()) for text in texts)
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
         self.calls.append(tuple(texts))
         self.entered.set()
         assert self.gate.wait(20)

@@ -20,7 +20,16 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from pmgaft.clip.preprocess import FORMATS, ImageLimits, PreprocessSpec, open_image, read_pixels, resize, to_pixels
+from pmgaft.clip.preprocess import (
+    FORMATS,
+    ImageLimits,
+    PreprocessSpec,
+    open_image,
+    pixels_to_decode,
+    read_pixels,
+    resize,
+    to_pixels,
+)
 from pmgaft.errors import ImageError
 
 MEAN, STD = (0.5, 0.45, 0.4), (0.25, 0.3, 0.35)
@@ -389,6 +398,19 @@ def test_a_decompression_bomb_is_refused_from_its_header(side: int, monkeypatch:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert code_of(bomb) == "image_too_many_pixels"
+
+
+def test_what_decoding_costs_is_bounded_and_a_jpeg_that_is_scaled_meanwhile_counts_half() -> None:
+    spec = PreprocessSpec(size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)
+    large, small = picture(200, 160), picture(64, 50)
+    files = {"PNG": encoded(large), "JPEG": encoded(large, "JPEG"), "small JPEG": encoded(small, "JPEG")}
+    costs = {"PNG": 200 * 160, "JPEG": 200 * 160 // 2, "small JPEG": 64 * 50}
+    assert {name: pixels_to_decode(content, spec) for name, content in files.items()} == costs
+    for name, content in files.items():
+        read_pixels(content, spec, ImageLimits(decoded=costs[name]))
+        with pytest.raises(ImageError, match="pixels to decode") as refused:
+            read_pixels(content, spec, ImageLimits(decoded=costs[name] - 1))
+        assert refused.value.code == "image_too_many_pixels"
 
 
 def test_a_text_chunk_that_unpacks_to_gigabytes() -> None:

@@ -82,14 +82,18 @@ def test_each_gpu_that_is_used_gets_a_worker(
     assert serve(*arguments).workers == workers
 
 
+IMAGE_LIMITS = {"image_bytes": "bytes", "image_pixels": "pixels", "decoded_pixels": "decoded"}
+
+
 def test_every_limit_can_be_set_and_its_default_stands_in_the_help(serve: Serve) -> None:
     told = re.sub(r"\s+", " ", CliRunner().invoke(main, ["serve", "--help"]).stdout)
-    image = {f"image_{one.name}": one.default for one in fields(ImageLimits)}
+    assert sorted(IMAGE_LIMITS.values()) == sorted(one.name for one in fields(ImageLimits))
+    image = {name: getattr(Limits().image, field) for name, field in IMAGE_LIMITS.items()}
     defaults = {one.name: one.default for one in fields(Limits) if one.name != "image"} | image
     for number, (name, default) in enumerate(defaults.items(), start=7):
         assert f"{name} {default}" in told
         limits = serve("--limit", f"{name}={number}").settings.limits
-        value = getattr(limits.image, name.removeprefix("image_")) if name in image else getattr(limits, name)
+        value = getattr(limits.image, IMAGE_LIMITS[name]) if name in image else getattr(limits, name)
         assert value == number
     assert serve().settings.limits == Limits()
 
@@ -98,7 +102,7 @@ def test_the_operators_guide_names_every_option_and_every_limit_with_its_default
     guide = (Path(__file__).parents[1] / "docs" / "serving.md").read_text(encoding="utf-8")
     limits = [one for one in fields(Limits) if one.name not in ("image", "steps", "restarts")]
     for name, default in [(one.name, one.default) for one in limits] + [
-        (f"image_{one.name}", one.default) for one in fields(ImageLimits)
+        (name, getattr(Limits().image, field)) for name, field in IMAGE_LIMITS.items()
     ]:
         assert f"| `{name}` | {default} |" in guide
     assert f"| `steps`, `restarts` | {Limits().steps}, {Limits().restarts} |" in guide

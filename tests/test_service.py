@@ -1,6 +1,8 @@
 """The service behind any front end. What it says of probes is tested in test_probe_serving.py."""
 
 import asyncio
+import base64
+import json
 import runpy
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from colour_service import BLUE, GREEN, POISON, RED, Bench, ask, code, colour_pn
 from torch import Tensor
 
 from pmgaft.clip.ensembles import named_templates
+from pmgaft.clip.preprocess import ImageLimits
 from pmgaft_serve import service as service_module
 from pmgaft_serve.label_sets import LabelSet
 from pmgaft_serve.protocol import Limits
@@ -269,6 +272,23 @@ def test_a_hostile_image_is_answered_and_so_is_the_next(bench: Bench, name: str)
     assert reply.status == status
     assert status == 200 or code(reply) == expected
     assert ask(bench).status == 200
+
+
+def test_several_images_are_bounded_together_before_one_is_decoded(
+    make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = make(limits=Limits(image=ImageLimits(decoded=3 * 8 * 8)))
+    image = base64.b64encode(RED).decode()  # of 8 x 8 pixels
+
+    def asked(images: list[str]) -> Reply:
+        body = json.dumps({"images": images, "labels": ["red", "green"]}).encode()
+        return run(bench.service.answer(Incoming(fields={"body": body}, content_type="application/json")))
+
+    assert asked([image] * 3 + ["AAAA"]).status == 200  # what is no picture costs nothing
+    monkeypatch.setattr(service_module, "read_pixels", None)
+    reply = asked([image] * 4)
+    assert (reply.status, code(reply)) == (413, "images_too_many_pixels")
+    assert "256 pixels to decode; at most 192" in content(reply)["error"]["message"]
 
 
 def test_a_full_server_refuses_at_once_and_says_when_to_come_back(make: Callable[..., Bench]) -> None:

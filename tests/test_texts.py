@@ -31,7 +31,12 @@ class Encoder:
         self.entered = threading.Event()
         self.calls: list[list[str]] = []
 
-    def __call__(self, texts: Sequence[str]) -> Tensor:
+    context_length = 10
+
+    def tokens(self, texts: Sequence[str]) -> int:
+        return len(texts) * max(len(text.split()) for text in texts)
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
         self.calls.append(list(texts))
         self.entered.set()
         assert self.gate.wait(20)
@@ -52,7 +57,7 @@ def encoder() -> Encoder:
 @pytest.fixture
 def texts(encoder: Encoder) -> Iterator[Texts]:
     with ThreadPoolExecutor(1) as thread:
-        yield Texts(encoder, thread, Metrics(), most_bytes=2**20, most_missing=1000)
+        yield Texts(encoder, thread, Metrics(), most_bytes=2**20, most_texts=1000, most_tokens=4000)
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
@@ -136,10 +141,22 @@ def test_texts_that_nobody_has_seen_have_a_budget_and_known_ones_have_none(encod
     assert encoder.calls[-1] == ["a one more", "two one more"]
 
 
+def test_tokens_that_nobody_has_seen_have_a_budget_too_counted_where_they_might_exceed_it(
+    encoder: Encoder, texts: Texts
+) -> None:
+    few, many = [[f"{words} {number}" for number in range(500)] for words in ("a", "a b c d e f g")]
+    with pytest.raises(LabelsError, match=r"500 labels .* make 4,500 tokens to encode; at most 4,000") as refused:
+        run(texts.features(many, ONE))  # of nine words each, by their template
+    assert refused.value.code == "tokens_too_many"
+    assert encoder.calls == []
+    run(texts.features(few, ONE))
+    assert sum(map(len, encoder.calls)) == 500
+
+
 def test_a_named_set_lies_ready_whatever_happens_to_the_cache(encoder: Encoder) -> None:
     pets = LabelSet(name="pets", labels=("cat", "dog", "bird"), templates=TWO)
     with ThreadPoolExecutor(1) as thread:
-        texts = Texts(encoder, thread, Metrics(), most_bytes=1000, most_missing=4)
+        texts = Texts(encoder, thread, Metrics(), most_bytes=1000, most_texts=4, most_tokens=100)
         texts.warm_up([pets], [])
         calls = len(encoder.calls)
         first, second = (run(texts.features(pets.labels, TWO, "pets")) for _ in range(2))
@@ -153,7 +170,7 @@ def test_a_named_set_lies_ready_whatever_happens_to_the_cache(encoder: Encoder) 
 def test_warm_labels_are_known_from_the_start_however_many_they_are(encoder: Encoder) -> None:
     many = tuple(f"label {number}" for number in range(2 * TEXTS_AT_ONCE))
     with ThreadPoolExecutor(1) as thread:
-        texts = Texts(encoder, thread, Metrics(), most_bytes=2**20, most_missing=10)
+        texts = Texts(encoder, thread, Metrics(), most_bytes=2**20, most_texts=10, most_tokens=100)
         texts.warm_up([], [LabelSet(name="", labels=many, templates=TWO)])
         calls = len(encoder.calls)
         assert max(map(len, encoder.calls)) <= TEXTS_AT_ONCE

@@ -72,12 +72,11 @@ def lint(labels: Sequence[str], features: Tensor, wording: float, most: int = 10
     """
     similarity = features @ features.T
     distance = (2 - 2 * similarity).clamp(min=0).sqrt() / max(wording, 1e-9)
-    near = [(i, j) for i, j in torch.triu(distance < NEAR, diagonal=1).nonzero().tolist()]
-    kinds: dict[tuple[int, int], Literal["near_synonyms", "overlap"]] = dict.fromkeys(near, "near_synonyms")
-    for i, j in _contained(labels):
-        if distance[i, j] < RELATED:
-            kinds.pop((min(i, j), max(i, j)), None)
-            kinds[i, j] = "overlap"
+    overlapping = [(i, j) for i, j in _contained(labels) if distance[i, j] < RELATED]
+    kinds: dict[tuple[int, int], Literal["near_synonyms", "overlap"]] = dict.fromkeys(overlapping, "overlap")
+    for i, j in _nearest(distance, most + len(overlapping)):
+        if (i, j) not in kinds and (j, i) not in kinds:
+            kinds[i, j] = "near_synonyms"
     found = [
         Finding(
             kind=kind,
@@ -88,6 +87,15 @@ def lint(labels: Sequence[str], features: Tensor, wording: float, most: int = 10
         for (i, j), kind in kinds.items()
     ]
     return sorted(found, key=lambda finding: finding.wordings)[:most]
+
+
+def _nearest(distance: Tensor, most: int) -> list[tuple[int, int]]:
+    """The pairs nearer than NEAR, `most` at most, the nearest ones. distance: [K, K], symmetric."""
+    first, second = torch.triu_indices(len(distance), len(distance), offset=1)
+    between = distance[first, second]
+    values, places = between.topk(min(most, len(between)), largest=False)
+    places = places[values < NEAR]
+    return list(zip(first[places].tolist(), second[places].tolist(), strict=True))
 
 
 def _contained(labels: Sequence[str]) -> list[tuple[int, int]]:

@@ -77,10 +77,15 @@ class PreprocessSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageLimits:
-    """What is refused before it is decoded: encoded size in bytes, decoded size in pixels."""
+    """What is refused before it is decoded.
+
+    bytes: of the file. pixels: of the picture. decoded: pixels that decoding costs as much as, which are the picture's,
+    or half of them where a JPEG is scaled while it is decoded.
+    """
 
     bytes: int = 20 * 2**20
     pixels: int = 50_000_000
+    decoded: int = 50_000_000
 
 
 def open_image(data: bytes | Path, limits: ImageLimits = ImageLimits()) -> Image.Image:
@@ -106,20 +111,49 @@ def read_pixels(data: bytes, spec: PreprocessSpec, limits: ImageLimits = ImageLi
     one of 255 grey levels on average, and by 16 at most.
     Raises: as `open_image`.
     """
-    image = _header(data, limits)
-    if image.format not in _DRAFTED:
-        return to_pixels(_finish(image), spec)
-    orientation, whole = _orientation(image), image.size
-    turned = orientation in _TURNED
-    scaled = scaled_size(whole[::-1] if turned else whole, spec)
-    stored = scaled[::-1] if turned else scaled  # as the picture lies in the file
-    drafted = image.draft(None, (2 * stored[0], 2 * stored[1]))
-    if drafted is None or image.size == whole:
+    image, draft, cost = _planned(data, spec, limits)
+    if cost > limits.decoded:
+        message = f"the image has {cost:,} pixels to decode; at most {limits.decoded:,} are allowed"
+        raise _image_error("image_too_many_pixels", message)
+    if draft is None:
         return to_pixels(_finish(image), spec)
     _load(image)
-    # the box: what the picture takes of the last, perhaps partial, column and row
-    small = _to_rgb(image).resize(stored, _RESAMPLING[interpolation_of(spec)], box=drafted[1])
-    return _as_tensor(_crop_or_pad(_upright(small, orientation), spec.size[1], spec.size[0]))
+    small = _to_rgb(image).resize(draft.stored, _RESAMPLING[interpolation_of(spec)], box=draft.box)
+    return _as_tensor(_crop_or_pad(_upright(small, draft.orientation), spec.size[1], spec.size[0]))
+
+
+def pixels_to_decode(data: bytes, spec: PreprocessSpec, limits: ImageLimits = ImageLimits()) -> int:
+    """What `read_pixels` would count against `limits.decoded`, from the header. Raises: as `open_image`."""
+    return _planned(data, spec, limits)[2]
+
+
+@dataclass(frozen=True, slots=True)
+class _Draft:
+    """A JPEG that will be scaled while it is decoded.
+
+    stored: (width, height) it is resized to, as it lies in the file. box: what the picture takes of what is decoded,
+    whose last column and row may be partial.
+    """
+
+    stored: tuple[int, int]
+    box: tuple[float, float, float, float]
+    orientation: int
+
+
+def _planned(data: bytes, spec: PreprocessSpec, limits: ImageLimits) -> tuple[Image.Image, _Draft | None, int]:
+    """The picture, not decoded yet; how it is scaled meanwhile, if it is; and the pixels that decoding costs."""
+    image = _header(data, limits)
+    whole, pixels = image.size, image.width * image.height
+    if image.format not in _DRAFTED:
+        return image, None, pixels
+    orientation = _orientation(image)
+    turned = orientation in _TURNED
+    scaled = scaled_size(whole[::-1] if turned else whole, spec)
+    stored = scaled[::-1] if turned else scaled
+    drafted = image.draft(None, (2 * stored[0], 2 * stored[1]))
+    if drafted is None or image.size == whole:
+        return image, None, pixels
+    return image, _Draft(stored, drafted[1], orientation), pixels // 2
 
 
 def _header(data: bytes | Path, limits: ImageLimits) -> Image.Image:

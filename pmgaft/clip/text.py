@@ -126,6 +126,17 @@ class TextEncoder:
             ]
         return torch.cat(parts)[torch.tensor(order).argsort()]
 
+    @property
+    def context_length(self) -> int:
+        """Tokens that a text can have."""
+        return self.tokenizer.context_length
+
+    def tokens(self, texts: Sequence[str]) -> int:
+        """Token positions that encoding these takes, the longest text's for each. Raises: LabelsError
+        (label_too_long)."""
+        longest = max(map(len, self.tokenizer.ids(texts)), default=0)
+        return len(texts) * (longest if self.causal else self.tokenizer.context_length)
+
 
 def fill(template: str, label: str) -> str:
     """`template` with its one "{}" replaced by `label`; braces in the label are plain text.

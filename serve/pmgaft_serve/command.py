@@ -121,9 +121,11 @@ def serve(
 
     \b
     Names for --limit, with their defaults:
-      request_bytes 33554432, answer_bytes 8388608, image_bytes 20971520,
-      image_pixels 50000000, images 16, labels 1000, label_characters 300,
-      templates 100, texts 10000 (labels times templates not seen before);
+      request_bytes 16777216, answer_bytes 8388608, image_bytes 12582912,
+      image_pixels 50000000, decoded_pixels 25000000 (of all images; half of a
+      JPEG that is scaled while decoded), images 16, labels 1000,
+      label_characters 300, templates 100, texts 10000 (labels times templates
+      not seen before), tokens 32768 (those times the longest one's);
       of a probe: probe_images 16, probe_labels 1000, steps 200, restarts 10,
       targets 10, square 500, draws 1000
 
@@ -204,12 +206,11 @@ def _limits(texts: tuple[str, ...]) -> Limits:
     """What NAME=VALUE texts change about the defaults."""
     from dataclasses import fields, replace
 
-    from pmgaft.clip.preprocess import ImageLimits
     from pmgaft.errors import InputError, quote
 
     from .protocol import Limits
 
-    image = {"image_bytes": "bytes", "image_pixels": "pixels"}
+    image = {"image_bytes": "bytes", "image_pixels": "pixels", "decoded_pixels": "decoded"}
     names = [*(one.name for one in fields(Limits) if one.name != "image"), *image]
     changes: dict[str, Any] = {}
     for text in texts:
@@ -218,7 +219,7 @@ def _limits(texts: tuple[str, ...]) -> Limits:
             message = f"{quote(text)} is no limit; write NAME=VALUE with a whole number, NAME one of {', '.join(names)}"
             raise InputError(message, field="limit", code="limit_invalid")
         changes[name] = int(value)
-    images = replace(ImageLimits(), **{image[name]: value for name, value in changes.items() if name in image})
+    images = replace(Limits().image, **{image[name]: value for name, value in changes.items() if name in image})
     return replace(Limits(image=images), **{name: value for name, value in changes.items() if name not in image})
 
 

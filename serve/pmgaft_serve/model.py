@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from pmgaft.clip.preprocess import PreprocessSpec
 from pmgaft.clip.text import TextEncoder
@@ -14,17 +12,18 @@ from pmgaft_export.bundle import Bundle
 
 from . import protocol
 from .engines import Encode, differentiable, open_engine
+from .texts import TextModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
     """What is served. image: pixels [B, 3, H, W] -> unit features [B, D]; gradient: the same, with a derivative;
-    text: texts -> unit features [N, D]."""
+    text: of texts."""
 
     info: protocol.ModelInfo
     image: Encode
     gradient: Encode
-    text: Callable[[Sequence[str]], Tensor]
+    text: TextModel
     preprocess: PreprocessSpec
     logit_scale: float
 
@@ -39,7 +38,7 @@ def model_of(bundle: Bundle, engine: str, device: torch.device, threads: int) ->
         ),
         image=opened.image,
         gradient=differentiable(bundle, device),
-        text=encoder.encode,
+        text=encoder,
         preprocess=bundle.preprocess,
         logit_scale=bundle.manifest.logit_scale,
     )

@@ -50,6 +50,7 @@ STATUS: dict[str, int] = {
     "request_too_large": 413,
     "image_too_large": 413,
     "image_too_many_pixels": 413,
+    "images_too_many_pixels": 413,
     # 415: not something this server reads
     "content_type_unsupported": 415,
     "image_invalid": 415,
@@ -69,6 +70,7 @@ STATUS: dict[str, int] = {
     "template_invalid": 422,
     "templates_too_many": 422,
     "texts_too_many": 422,
+    "tokens_too_many": 422,
     "top_k_invalid": 422,
     "answer_too_large": 422,
     # 503: not now; with Retry-After
@@ -88,20 +90,23 @@ RETRY_AFTER_SECONDS: dict[str, int] = {"overloaded": 1, "draining": 10, "out_of_
 class Limits:
     """What one request may ask for.
 
-    request_bytes: of the whole body; answer_bytes: of the answer's. texts: labels times templates that the server has
-    not seen before. labels: in a list; those of a named set are the operator's affair. probe_images, probe_labels: of a
+    request_bytes: of the whole body; answer_bytes: of the answer's. image: of each; `decoded` of all together. texts:
+    labels times templates that the server has not seen before; tokens: those texts times the longest one's. labels: in
+    a list; those of a named set are the operator's affair. The defaults are such that the dearest request without a
+    probe costs less than a hundred times the cheapest (benchmarks/amplification.py). probe_images, probe_labels: of a
     request that asks for a probe. steps, restarts: of a probe, for each loss. targets: answers with a search of their
     own. square: queries without gradients. draws: noisy images of a certificate.
     """
 
-    request_bytes: int = 32 * 2**20
+    request_bytes: int = 16 * 2**20
     answer_bytes: int = 8 * 2**20
-    image: ImageLimits = field(default_factory=ImageLimits)
+    image: ImageLimits = field(default_factory=lambda: ImageLimits(bytes=12 * 2**20, decoded=25_000_000))
     images: int = 16
     labels: int = 1000
     label_characters: int = 300
     templates: int = 100
     texts: int = 10_000
+    tokens: int = 2**15
     probe_images: int = 16
     probe_labels: int = 1000
     steps: int = 200

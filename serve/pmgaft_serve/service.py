@@ -22,7 +22,7 @@ import random
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from pmgaft import __version__
 from pmgaft.clip.lint import lint, wording_distance
-from pmgaft.clip.preprocess import read_pixels
+from pmgaft.clip.preprocess import pixels_to_decode, read_pixels
 from pmgaft.errors import InputError, PmgaftError
 
 from . import probing, protocol
@@ -190,7 +190,8 @@ class Service:
             self._text_thread,
             metrics,
             most_bytes=settings.cache_bytes,
-            most_missing=settings.limits.texts,
+            most_texts=settings.limits.texts,
+            most_tokens=settings.limits.tokens,
         )
         self._images = Batcher(
             self._encode_batch,
@@ -332,7 +333,20 @@ class Service:
         request = protocol.parse(incoming.content_type, incoming.fields, self.settings.limits, self._sets)
         job.request = request
         self._prober.check(request, incoming.authorization)  # before more is spent on it
+        if request.several:
+            self._check_together(request.images)
         return request, self._pixels(request.images[0])
+
+    def _check_together(self, images: Sequence[bytes | PmgaftError]) -> None:
+        """Raises: InputError (images_too_many_pixels). An image that cannot be read costs nothing here."""
+        limits, pixels = self.settings.limits.image, 0
+        for image in images:
+            with suppress(PmgaftError):
+                if isinstance(image, bytes):
+                    pixels += pixels_to_decode(image, self.model.preprocess, limits)
+        if pixels > limits.decoded:
+            message = f"the images have {pixels:,} pixels to decode; at most {limits.decoded:,} are allowed together"
+            raise InputError(message, field="images", code="images_too_many_pixels")
 
     def _pixels(self, image: bytes | PmgaftError) -> Tensor | PmgaftError:
         """Runs in a decoding thread."""
@@ -414,7 +428,7 @@ class Service:
     def _wording_distance(self) -> float:
         """Runs in the text thread; the same for every request."""
         if self._wording is None:
-            self._wording = wording_distance(self.model.text)
+            self._wording = wording_distance(self.model.text.encode)
         return self._wording
 
     def _reply(

@@ -5,9 +5,11 @@ missing is encoded together. Letters: K labels, D features.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,26 +33,42 @@ class _Piece:
     templates: Templates
 
 
+class TextModel(Protocol):
+    """Texts -> unit features, and what that costs; `pmgaft.clip.text.TextEncoder` is one."""
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that a text can have."""
+
+    def tokens(self, texts: Sequence[str]) -> int:
+        """That encoding these takes, padding included."""
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """Unit features [N, D]."""
+
+
 class Texts:
     """What the service knows of labels.
 
-    encode: texts -> unit features [N, D], run in `thread`. most_bytes: of the cache. most_missing: texts (labels times
-    templates) that one request may ask to be encoded; known ones cost next to nothing and are not counted.
+    encoder: run in `thread`. most_bytes: of the cache. most_texts, most_tokens: texts (labels times templates), and
+    these times the longest one's tokens, that one request may ask to be encoded; known ones cost next to nothing and
+    are not counted.
     """
 
     def __init__(
         self,
-        encode: Callable[[Sequence[str]], Tensor],
+        encoder: TextModel,
         thread: Executor,
         metrics: Metrics,
         *,
         most_bytes: int,
-        most_missing: int,
+        most_texts: int,
+        most_tokens: int,
     ) -> None:
-        self._encode = encode
+        self._encoder = encoder
         self._thread = thread
         self._metrics = metrics
-        self._most_missing = most_missing
+        self._most_texts, self._most_tokens = most_texts, most_tokens
         self._cache = TextCache(most_bytes)
         self._sets: dict[tuple[str, Templates], Tensor] = {}
         self._batcher = Batcher(self._work, thread, TEXTS_AT_ONCE)
@@ -65,7 +83,7 @@ class Texts:
     async def features(self, labels: Sequence[str], templates: Templates, label_set: str | None = None) -> Tensor:
         """float32 [K, D], in the order of `labels`; `label_set`: the set they all came from, if they did.
 
-        Raises: LabelsError (texts_too_many, label_too_long).
+        Raises: LabelsError (texts_too_many, tokens_too_many, label_too_long).
         """
         if label_set is not None and (known := self._sets.get((label_set, templates))) is not None:
             self._count(len(labels), 0)
@@ -74,8 +92,8 @@ class Texts:
         self._count(len(found.known), len(found.missing))
         if not found.missing:
             return found.features
-        self._check_budget(len(found.missing), len(templates))
         missing = _missing(labels, found)
+        await self._check_budget(missing, templates)
         at_once = max(1, TEXTS_AT_ONCE // len(templates))
         pieces = [
             _Piece(labels=missing[start : start + at_once], templates=templates)
@@ -89,13 +107,19 @@ class Texts:
         )
         return _put_together(found, [row for features, _ in answers for row in features])
 
-    def _check_budget(self, labels: int, templates: int) -> None:
-        if labels * templates > self._most_missing:
-            message = (
-                f"{labels:,} labels that this server has not seen, times {templates} templates, make "
-                f"{labels * templates:,} texts to encode; at most {self._most_missing:,} are allowed in one request"
-            )
+    async def _check_budget(self, labels: Sequence[str], templates: Templates) -> None:
+        texts = len(labels) * len(templates)
+        told = f"{len(labels):,} labels that this server has not seen, times {len(templates)} templates, make"
+        if texts > self._most_texts:
+            message = f"{told} {texts:,} texts to encode; at most {self._most_texts:,} are allowed in one request"
             raise LabelsError(message, field="labels", code="texts_too_many")
+        if texts * self._encoder.context_length <= self._most_tokens:
+            return  # without counting
+        count = partial(self._encoder.tokens, prompts(labels, templates))
+        tokens = await asyncio.get_running_loop().run_in_executor(self._thread, count)
+        if tokens > self._most_tokens:
+            message = f"{told} {tokens:,} tokens to encode; at most {self._most_tokens:,} are allowed in one request"
+            raise LabelsError(message, field="labels", code="tokens_too_many")
 
     def _work(self, pieces: Sequence[_Piece]) -> list[Tensor]:
         """The features of each piece, [K, D]. Runs in the text thread, and is the only one that stores."""
@@ -115,7 +139,7 @@ class Texts:
         texts = [text for templates, labels in wanted.items() for text in prompts(labels, templates)]
         if not texts:
             return {}
-        encoded = self._encode(texts)
+        encoded = self._encoder.encode(texts)
         self._metrics.count("pmgaft_texts_encoded_total", len(texts))
         fresh, forgotten = {}, self._cache.forgotten
         for templates, labels in wanted.items():

@@ -49,23 +49,30 @@ class Reader:
 
     def __init__(self) -> None:
         self._buffer = bytearray()
+        self._needed = 0  # bytes, before it is worth looking again: else a long message would be copied many times
 
     def feed(self, data: bytes) -> list[Received]:
         """The requests that are complete now. Raises: ValueError where this is not TorchServe's protocol."""
         self._buffer += data
         found: list[Received] = []
-        while self._buffer:
+        while self._buffer and len(self._buffer) >= self._needed:
             try:
                 batch, end = _parse(self._buffer)
-            except _IncompleteError:
+            except _IncompleteError as missing:
+                self._needed = missing.end
                 break
             found += batch
+            self._needed = 0
             del self._buffer[:end]
         return found
 
 
 class _IncompleteError(Exception):
-    """The rest is still on its way."""
+    """The rest is still on its way: what is being read ends at byte `end` of the buffer."""
+
+    def __init__(self, end: int) -> None:
+        super().__init__(end)
+        self.end = end
 
 
 class _Cursor:
@@ -78,7 +85,7 @@ class _Cursor:
     def length(self) -> int:
         end = self.position + _LENGTH.size
         if end > len(self.buffer):
-            raise _IncompleteError
+            raise _IncompleteError(end)
         (value,) = _LENGTH.unpack_from(self.buffer, self.position)
         self.position = end
         if value < -1:
@@ -88,7 +95,7 @@ class _Cursor:
     def field(self, length: int) -> bytes:
         end = self.position + length
         if end > len(self.buffer):
-            raise _IncompleteError
+            raise _IncompleteError(end)
         start, self.position = self.position, end
         with memoryview(self.buffer) as view:
             return bytes(view[start:end])
