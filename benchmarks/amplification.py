@@ -39,8 +39,8 @@ from pmgaft_serve.torchserve import ServeOptions, Server, serving
 RESULTS = Path(__file__).parent / "results"
 LIMITS = Limits()
 KNOWN = "cat"
-LONG = "x y z " * 5 + "x y z"
-"""With a number, a turn and the usual template nearly as many tokens as `mini` reads."""
+LONG = "x y x y x y x y"
+"""With a number, a turn and the usual template as many tokens as a thousand of them may have."""
 CHEAP_REQUESTS = 200
 REPEATS = 3
 
@@ -76,7 +76,7 @@ def kinds() -> dict[str, Callable[[int], Form]]:
         "most bytes of WebP, lossless": picture(2040, 2040, "WEBP", noise=True, lossless=True, quality=0),
         "most bytes of BMP": picture(2040, 2040, "BMP", noise=False),
         "largest GIF": picture(side, side, "GIF", noise=False),
-        "largest TIFF, LZW": picture(side, side, "TIFF", noise=False, compression="tiff_lzw"),
+        "most bytes of TIFF, LZW": picture(1700, 1700, "TIFF", noise=False, compression="tiff_lzw"),
     }
     found: dict[str, Callable[[int], Form]] = {
         f"{name}, {len(content) / 2**20:.1f} MB": lambda _, content=content: one(content)
@@ -93,10 +93,13 @@ def kinds() -> dict[str, Callable[[int], Form]]:
     found |= {
         "4 photographs of 12 megapixels": lambda _: several(photo, 4),
         "1,000 new labels of the most tokens": lambda turn: asking(small, new(labels, turn, LONG), None),
-        "1,000 new labels, 2 templates": lambda turn: asking(small, new(labels, turn, "thing"), templates(2)),
-        "1,000 new labels, 10 templates (refused)": lambda turn: asking(
-            small, new(labels, turn, "thing"), templates(10)
+        "1,000 new labels of the most tokens, lint, the largest PNG": lambda turn: asking(
+            pictures["largest PNG"], new(labels, turn, LONG), None, lint="true"
         ),
+        "1,000 new labels of the most tokens, lint, the largest JPEG": lambda turn: asking(
+            pictures["largest JPEG, progressive"], new(labels, turn, LONG), None, lint="true"
+        ),
+        "1,000 new labels, 2 templates (refused)": lambda turn: asking(small, new(labels, turn, "thing"), templates(2)),
         "1,000 new labels, 100 templates (refused)": lambda turn: asking(
             small, new(labels, turn, "thing"), templates(100)
         ),

@@ -400,11 +400,11 @@ def test_a_decompression_bomb_is_refused_from_its_header(side: int, monkeypatch:
         assert code_of(bomb) == "image_too_many_pixels"
 
 
-def test_what_decoding_costs_is_bounded_and_a_jpeg_that_is_scaled_meanwhile_counts_half() -> None:
+def test_what_decoding_costs_is_bounded_and_a_jpeg_that_is_scaled_meanwhile_counts_a_third() -> None:
     spec = PreprocessSpec(size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)
     large, small = picture(200, 160), picture(64, 50)
     files = {"PNG": encoded(large), "JPEG": encoded(large, "JPEG"), "small JPEG": encoded(small, "JPEG")}
-    costs = {"PNG": 200 * 160, "JPEG": 200 * 160 // 2, "small JPEG": 64 * 50}
+    costs = {"PNG": 200 * 160, "JPEG": 200 * 160 // 3, "small JPEG": 64 * 50}
     assert {name: pixels_to_decode(content, spec) for name, content in files.items()} == costs
     for name, content in files.items():
         read_pixels(content, spec, ImageLimits(decoded=costs[name]))

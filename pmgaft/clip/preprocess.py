@@ -58,6 +58,7 @@ _TURNED = (5, 6, 7, 8)  # orientations by which rows become columns
 # A thin strip would be resized to a huge one and then cropped; past this many times the model's area only what the crop
 # keeps is computed.
 _LARGEST_RESIZED = 64
+_DRAFT_SAVES = 3  # at least: of the time that decoding takes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +81,7 @@ class ImageLimits:
     """What is refused before it is decoded.
 
     bytes: of the file. pixels: of the picture. decoded: pixels that decoding costs as much as, which are the picture's,
-    or half of them where a JPEG is scaled while it is decoded.
+    or a third of them where a JPEG is scaled while it is decoded.
     """
 
     bytes: int = 20 * 2**20
@@ -153,7 +154,7 @@ def _planned(data: bytes, spec: PreprocessSpec, limits: ImageLimits) -> tuple[Im
     drafted = image.draft(None, (2 * stored[0], 2 * stored[1]))
     if drafted is None or image.size == whole:
         return image, None, pixels
-    return image, _Draft(stored, drafted[1], orientation), pixels // 2
+    return image, _Draft(stored, drafted[1], orientation), pixels // _DRAFT_SAVES
 
 
 def _header(data: bytes | Path, limits: ImageLimits) -> Image.Image:

@@ -122,10 +122,10 @@ def serve(
     \b
     Names for --limit, with their defaults:
       request_bytes 16777216, answer_bytes 8388608, image_bytes 12582912,
-      image_pixels 50000000, decoded_pixels 25000000 (of all images; half of a
-      JPEG that is scaled while decoded), images 16, labels 1000,
+      image_pixels 50000000, decoded_pixels 16777216 (of all images; a third of
+      a JPEG that is scaled while decoded), images 16, labels 1000,
       label_characters 300, templates 100, texts 10000 (labels times templates
-      not seen before), tokens 32768 (those times the longest one's);
+      not seen before), tokens 20480 (those times the longest one's);
       of a probe: probe_images 16, probe_labels 1000, steps 200, restarts 10,
       targets 10, square 500, draws 1000
 

@@ -100,13 +100,13 @@ class Limits:
 
     request_bytes: int = 16 * 2**20
     answer_bytes: int = 8 * 2**20
-    image: ImageLimits = field(default_factory=lambda: ImageLimits(bytes=12 * 2**20, decoded=25_000_000))
+    image: ImageLimits = field(default_factory=lambda: ImageLimits(bytes=12 * 2**20, decoded=2**24))
     images: int = 16
     labels: int = 1000
     label_characters: int = 300
     templates: int = 100
     texts: int = 10_000
-    tokens: int = 2**15
+    tokens: int = 20 * 2**10
     probe_images: int = 16
     probe_labels: int = 1000
     steps: int = 200
