@@ -118,11 +118,11 @@ def rates(runs: list[Run]) -> str:
 
 def filled(text: str, name: str, content: str) -> str:
     """The page with what stands between the two markers of this name replaced."""
-    start, end = f"<!-- {name} -->\n", f"\n<!-- end {name} -->"
+    start, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
     before, _, rest = text.partition(start)
     _, _, after = rest.partition(end)
     assert after, f"{PAGE} has no markers {name}"
-    return before + start + content + end + after
+    return before + start + content + "\n" + end + after
 
 
 def summarise(groups: dict[str, list[Run]]) -> None:
