@@ -8,7 +8,8 @@ belong to the xdist group "serve", so that one process holds it.
 import base64
 import os
 import runpy
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,13 @@ def watch(event, arguments):
             file.write(f"unpickled {{arguments}}\\n")
 sys.addaudithook(watch)
 """
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from running_server import LABELS, PNG, Running
+from running_server import LABELS, PNG, Running, wait_for
 
 from pmgaft_serve.bench import Load, form_message, picture, rotating, run, target_of
 from pmgaft_serve.client import Client, Question
@@ -33,13 +31,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.xdist_group
 HERE = Path(__file__).parent
 REQUESTS = runpy.run_path(str(HERE / "hostile" / "requests.py"))
 IMAGES = runpy.run_path(str(HERE / "hostile" / "images.py"))["CASES"]
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
 
 
 def code(answer: httpx.Response) -> str:
@@ -173,7 +164,7 @@ def test_whatever_is_sent_gets_its_answer_and_nothing_dies(running: Running) -> 
 
 
 def test_a_request_over_our_limit_gets_our_413_with_json(running: Running) -> None:
-    answer = running.ask(image="A" * (33 * 2**20))
+    answer = running.ask(image="A" * (17 * 2**20))
     assert (answer.status_code, code(answer)) == (413, "request_too_large")
 
 
@@ -240,13 +231,6 @@ def test_everything_the_server_writes_lies_in_its_own_directory(running: Running
     for process in (java, *java.children(recursive=True)):
         written = [file.path for file in process.open_files() if file.mode in ("w", "a", "r+", "w+", "a+")]
         assert [path for path in written if not path.startswith(str(running.server.state))] == []
-
-
-def test_only_loopback_addresses_are_listened_on(running: Running) -> None:
-    java = psutil.Process(running.server._process.pid)
-    for process in (java, *java.children(recursive=True)):
-        for connection in process.net_connections("inet"):
-            assert connection.laddr.ip in ("127.0.0.1", "::ffff:127.0.0.1", "::1")
 
 
 class Command:

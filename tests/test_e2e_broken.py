@@ -1,0 +1,162 @@
+"""A real server, broken on purpose: clients that misbehave, a full disk, files changed under it, Java killed."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+from running_server import LABELS, PNG, Running, wait_for
+
+from pmgaft_serve.bench import form_message, target_of
+from pmgaft_serve.client import Client, Question
+from pmgaft_serve.metrics import total
+from pmgaft_serve.protocol import PATH
+from pmgaft_serve.torchserve import ServeOptions, Server, serving
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.xdist_group("serve")]
+
+IDLE = 500
+
+
+def connect(server: Server) -> socket.socket:
+    parts = urlsplit(server.url)
+    assert parts.hostname is not None
+    return socket.create_connection((parts.hostname, parts.port or 80), timeout=60)
+
+
+def message(server: Server) -> bytes:
+    """A whole request that is answered with 200."""
+    return form_message(target_of(server.url), PNG, LABELS)
+
+
+def answers(running: Running) -> bool:
+    return running.ask().status_code == 200
+
+
+# Clients
+
+
+def test_a_client_that_hangs_up_costs_nobody_anything(running: Running) -> None:
+    whole = message(running.server)
+    for sent in (whole[:40], whole[:-10], whole):  # in the header, in the body, before its answer
+        with connect(running.server) as client:
+            client.sendall(sent)
+    assert answers(running)
+    wait_for(lambda: running.total("pmgaft_in_flight_requests") == 0)
+
+
+def test_a_client_that_sends_little_by_little_is_waited_for_and_others_are_not_kept(running: Running) -> None:
+    whole = message(running.server)
+    with connect(running.server) as slow:
+        for start in range(0, len(whole), 200):
+            slow.sendall(whole[start : start + 200])
+            if start < 1000:
+                assert answers(running)
+        assert slow.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+def test_a_length_that_never_comes_holds_nothing_but_its_connection(running: Running) -> None:
+    head, _, body = message(running.server).partition(b"\r\n\r\n")
+    longer = head.replace(b"Content-Length: %d" % len(body), b"Content-Length: %d" % (len(body) + 1000))
+    assert longer != head
+    with connect(running.server) as client:
+        client.sendall(longer + b"\r\n\r\n" + body)
+        client.settimeout(1)
+        with pytest.raises(TimeoutError):
+            client.recv(1)
+        assert running.total("pmgaft_in_flight_requests") == 0
+        assert answers(running)
+
+
+def test_chunks_without_end_are_cut_off_at_the_servers_limit(running: Running) -> None:
+    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    chunk = b"%x\r\n" % 2**20 + bytes(2**20) + b"\r\n"
+    most = 2 * running.server.options.settings.limits.request_bytes
+    sent = 0
+    with connect(running.server) as client, suppress(ConnectionError):
+        client.sendall(head.encode())
+        while sent < 4 * most:
+            client.sendall(chunk)
+            sent += 2**20
+    assert sent <= most + 16 * 2**20  # what lies in the sockets' buffers
+    assert answers(running)
+
+
+def test_hundreds_of_idle_connections_leave_room_for_those_that_ask(running: Running) -> None:
+    with ExitStack() as stack:
+        idle = [stack.enter_context(connect(running.server)) for _ in range(IDLE)]
+        for client in idle[::2]:
+            client.sendall(b"POST ")
+        assert answers(running)
+    assert answers(running)
+
+
+# The machine
+
+
+def test_a_bundle_that_changes_while_it_is_served_changes_no_answer(running: Running, tmp_path: Path) -> None:
+    bundle = shutil.copytree(running.server.options.bundle, tmp_path / "bundle")
+    with serving(ServeOptions(bundle=bundle, port=0, start_seconds=400)) as server, Client(server.url) as client:
+        before = client.classify(PNG, Question(labels=LABELS))
+        for file in bundle.rglob("*"):
+            if file.is_file():
+                file.unlink()
+        after = client.classify(PNG, Question(labels=[*LABELS, "a new label"]))
+        assert after.model == before.model
+        old = {one.label: one.similarity for one in before.predictions}
+        assert all(abs(old.get(one.label, one.similarity) - one.similarity) < 1e-5 for one in after.predictions)
+
+        os.kill(server.processes()["torchserve"], signal.SIGKILL)
+        wait_for(lambda: not server.alive())
+        with httpx.Client(trust_env=False, timeout=30) as http:
+            assert http.get(server.metrics_url + "/healthz").status_code == 503
+            assert http.get(server.metrics_url + "/readyz").status_code == 503
+            assert "pmgaft_ready 0" in http.get(server.metrics_url + "/metrics").text
+        state = server.state
+    assert not state.exists()  # and every process of it is gone, or stop() would have waited
+
+
+@contextmanager
+def small_disk(where: Path, megabytes: int) -> Iterator[Path]:
+    where.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(where)]
+    if subprocess.run(words, check=False, capture_output=True).returncode:
+        pytest.skip("a small disk to fill needs root's right to mount one")
+    try:
+        yield where
+    finally:
+        subprocess.run(["umount", str(where)], check=True)
+
+
+def fill(disk: Path) -> None:
+    with suppress(OSError), (disk / "full").open("wb", buffering=0) as file:
+        while file.write(bytes(2**16)):
+            pass
+    assert shutil.disk_usage(disk).free == 0
+
+
+def test_a_full_disk_stops_no_answer_no_probe_and_no_metrics(
+    served_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with small_disk(tmp_path / "disk", 12) as disk:
+        monkeypatch.setattr(tempfile, "tempdir", str(disk))
+        options = ServeOptions(bundle=served_bundle, port=0, start_seconds=400)
+        with serving(options) as server, Client(server.url) as client:
+            assert server.state.is_relative_to(disk)
+            fill(disk)
+            asked = [
+                client.classify(PNG, Question(labels=[*LABELS, f"new {n}"], probe={"steps": 2} if n else None))
+                for n in range(3)
+            ]
+            assert len(asked) == 3
+            text = httpx.get(server.metrics_url + "/metrics", trust_env=False, timeout=30).text
+            assert total(text, "pmgaft_requests_total", code="ok") >= 4
+            assert server.ready()
