@@ -9,8 +9,8 @@ iterations as come to the 100 gradients of the others, and on the first --fab-im
 Then robust accuracy by the probe's verdict beside pyautoattack's APGD-CE at the same 100 steps. On a ViT-B/32 of random
 weights, whose answers mean nothing, only the cost is measured.
 
-Writes results/probe.json, what was not measured now staying as it was, and puts the figures into results/summary.json;
-with --quick it does neither.
+Writes results/probe.json, what was not measured now staying as it was, and puts the figures into results/summary.json
+and the tables into docs/probe.md; with --quick nothing of this. --table makes the tables anew and measures nothing.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ from pmgaft.probe import ProbeSettings, nearest_adversarial, probe
 from pmgaft.threat import Norm, ThreatModel
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parent.parent / "docs" / "probe.md"
+BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->"
 MODELS = ("mini", "mini-robust")
 VIT = "vit-b32-random"
 NORMS: tuple[Norm, ...] = ("linf", "l2")
@@ -198,31 +200,39 @@ def random_vit() -> tuple[Counted, Tensor]:
 
 
 @click.command()
-@click.option("--data-root", required=True, type=click.Path(exists=True, path_type=Path))
+@click.option("--data-root", type=click.Path(exists=True, path_type=Path))
 @click.option("--dataset", default="zeroshot/cifar10", show_default=True, help="Under the root.")
 @click.option("--model", "names", multiple=True, type=click.Choice((*MODELS, VIT)), help="[default: all]")
 @click.option("--images", default=200, show_default=True)
 @click.option("--accuracy-images", default=500, show_default=True)
 @click.option("--fab-images", default=10, show_default=True)
 @click.option("--quick", is_flag=True, help="4 images, 8 for accuracy; figures go to the terminal alone.")
+@click.option("--table", "only_table", is_flag=True, help="Only write docs/probe.md's tables anew.")
 def main(
-    data_root: Path,
+    data_root: Path | None,
     dataset: str,
     names: tuple[str, ...],
     images: int,
     accuracy_images: int,
     fab_images: int,
     quick: bool,
+    only_table: bool,
 ) -> None:
+    file = RESULTS / "probe.json"
+    if only_table:
+        write_tables(json.loads(file.read_text()))
+        return
+    if data_root is None:
+        raise click.UsageError("--data-root is missing")
     warnings.filterwarnings("ignore", module="foolbox|pyautoattack|eagerpy")
     if quick:
         names, images, accuracy_images, fab_images = names or MODELS, 4, 8, 1
-    file = RESULTS / "probe.json"
     result: dict[str, Any] = json.loads(file.read_text()) if file.exists() and not quick else {}
     for name in names or (*MODELS, VIT):
         click.echo(name)
         if name == VIT:
-            found = {"min_eps": compare(*random_vit(), peers=False)}
+            model, pixels = random_vit()
+            found = {"min_eps": compare(model, pixels, peers=False)}
         else:
             clip = load_clip(name)
             pixels, labels, texts = read(clip, data_root / dataset, max(images, accuracy_images))
@@ -231,7 +241,8 @@ def main(
                 "min_eps": compare(model, pixels[:images], fab_images=fab_images),
                 "accuracy": accuracy(model, pixels[:accuracy_images], labels[:accuracy_images]),
             }
-        result[name] = {"machine": machine(), "dataset": dataset, "images": images} | found
+        count = min(images, len(pixels))
+        result[name] = {"machine": machine(), "dataset": dataset, "images": count} | found
         if not quick:
             file.write_text(json.dumps(result, indent=1) + "\n")
     click.echo(json.dumps(summed_up := figures(result), indent=1))
@@ -239,6 +250,42 @@ def main(
         summary = RESULTS / "summary.json"
         known = json.loads(summary.read_text()) | {name: round(value, 4) for name, value in summed_up.items()}
         summary.write_text(json.dumps(dict(sorted(known.items())), indent=2) + "\n")
+        write_tables(result)
+
+
+def write_tables(result: dict[str, Any]) -> None:
+    """Into docs/probe.md, between its markers."""
+    text = PAGE.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    assert after, f"{PAGE} has no markers"
+    PAGE.write_text(before + BEGIN + tables(result) + END + after, encoding="utf-8")
+
+
+def tables(result: dict[str, Any]) -> str:
+    lines = [
+        "| model, norm | images | search | smallest eps, median | found | gradients | forwards |",
+        "|---" * 7 + "|",
+    ]
+    for name, found in result.items():
+        for norm in NORMS:
+            entries = [(found["images"], entry) for entry in found["min_eps"][norm]["searches"]]
+            for entry in found["min_eps"][norm].get("first_images", []):
+                search, _, count = entry["search"].rpartition(", ")
+                entries.append((int(count.split()[0]), entry | {"search": search}))
+            for images, entry in entries:
+                eps = entry["median_eps"]
+                shown = "-" if name == VIT else f"{255 * eps:.4f}/255" if norm == "linf" else f"{eps:.4f}"
+                cells = [f"{name}, {norm}", images, entry["search"], shown, entry["found"]]
+                cells += [entry["gradients"], entry["forwards"]]
+                lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", "| model | images | clean | stands by the probe's verdict | by APGD-CE |", "|---" * 5 + "|"]
+    for name in MODELS:
+        if name in result:
+            one = result[name]["accuracy"]
+            percent = [one["clean"], one["standing"]["probe"], one["standing"]["apgd-ce"]]
+            lines.append(f"| {name} | {one['images']} | " + " | ".join(f"{value:.1f} %" for value in percent) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def machine() -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pmgaft_serve.request_log import Collector, Lines, request_line
 from pmgaft_serve.service import Record
 
 RECORD = Record(
+    traceparent="",
     id="id-1",
     status=200,
     outcome="ok",

@@ -71,6 +71,7 @@ def incoming(fields: Mapping[str, bytes], context: Context) -> Incoming:
         fields=fields,
         content_type=headers.get("content-type"),
         authorization=headers.get("authorization"),
+        traceparent=headers.get("traceparent", ""),
         request_id=asked if _REQUEST_ID.fullmatch(asked) else context.get_request_id(0) or "",
     )
 
@@ -98,7 +99,7 @@ def _service(config: Mapping[str, Any], gpu_id: int | None) -> Service:
         settings,
         metrics,
         draining=(state / "draining").exists,
-        on_answered=_request_log(state, config["log"]),
+        on_answered=_noting(state, config["log"]),
         sets=load_label_sets(state / "label-sets.json"),
         warm=load_label_sets(state / "warm-labels.json"),
     )
@@ -107,15 +108,23 @@ def _service(config: Mapping[str, Any], gpu_id: int | None) -> Service:
     return service
 
 
-def _request_log(state: Path, form: Any) -> Callable[[Record], None]:
-    """Where each answer is noted; warnings and errors go there too, beside TorchServe's log."""
+def _noting(state: Path, form: Any) -> Callable[[Record], None]:
+    """Where each answer is noted: the log, to which warnings and errors go too, beside TorchServe's; and a trace."""
     from .request_log import SOCKET, Lines, request_line
+    from .traces import tracing
 
-    if form == "none":
-        return lambda record: None
-    lines = Lines(state / SOCKET, form)
-    logging.getLogger("pmgaft_serve").addHandler(lines.logging_handler())
-    return lambda record: lines.write(request_line(record, form))
+    trace = tracing()
+    lines = None if form == "none" else Lines(state / SOCKET, form)
+    if lines is not None:
+        logging.getLogger("pmgaft_serve").addHandler(lines.logging_handler())
+
+    def note(record: Record) -> None:
+        if lines is not None:
+            lines.write(request_line(record, form))
+        if trace is not None:
+            trace(record)
+
+    return note
 
 
 def _reason(error: Exception) -> str:

@@ -86,6 +86,7 @@ class Incoming:
     content_type: str | None = None
     authorization: str | None = None
     request_id: str = ""
+    traceparent: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,11 +102,13 @@ class Reply:
 class Record:
     """One request as it is logged: what happened and how much of it, nothing of what it was about.
 
-    outcome: ok, partial, refused or failed. code: "ok" or the error's. milliseconds: by stage, and in total.
+    traceparent: the client's, of W3C Trace Context, "" where none was sent. outcome: ok, partial, refused or failed.
+    code: "ok" or the error's. milliseconds: by stage, and in total.
     bytes_in, bytes_out: of the bodies. labels, templates, images: how many, 0 where the request could not be read.
     """
 
     id: str
+    traceparent: str
     status: int
     outcome: str
     code: str
@@ -479,6 +482,7 @@ class Service:
         self._on_answered(
             Record(
                 id=job.incoming.request_id,
+                traceparent=job.incoming.traceparent,
                 status=reply.status,
                 outcome=outcome,
                 code=code,
