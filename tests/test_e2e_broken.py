@@ -125,15 +125,17 @@ def test_a_bundle_that_changes_while_it_is_served_changes_no_answer(running: Run
 
 
 @contextmanager
-def small_disk(where: Path, megabytes: int) -> Iterator[Path]:
-    where.mkdir()
+def small_disk(megabytes: int) -> Iterator[Path]:
+    where = Path(tempfile.mkdtemp(prefix="p", dir="/tmp"))  # short: sockets will lie in it
     words = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(where)]
     if subprocess.run(words, check=False, capture_output=True).returncode:
+        where.rmdir()
         pytest.skip("a small disk to fill needs root's right to mount one")
     try:
         yield where
     finally:
         subprocess.run(["umount", str(where)], check=True)
+        where.rmdir()
 
 
 def fill(disk: Path) -> None:
@@ -144,9 +146,9 @@ def fill(disk: Path) -> None:
 
 
 def test_a_full_disk_stops_no_answer_no_probe_and_no_metrics(
-    served_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    served_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with small_disk(tmp_path / "disk", 12) as disk:
+    with small_disk(12) as disk:
         monkeypatch.setattr(tempfile, "tempdir", str(disk))
         options = ServeOptions(bundle=served_bundle, port=0, start_seconds=400)
         with serving(options) as server, Client(server.url) as client:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import socket
 import stat
+import tempfile
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -146,7 +147,21 @@ def test_torchserve_hands_out_the_device_asked_for(tmp_path: Path, device: str, 
     assert {name: config[name] for name in ("deviceType", "deviceIds") if name in config} == expected
 
 
-# ports
+# ports and sockets
+
+
+def test_a_temporary_directory_with_too_long_a_path_is_named_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 80)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    with (
+        pytest.raises(InputError, match=r"too long a path for sockets; name a shorter .* in TMPDIR"),
+        torchserve.serving(replace(OPTIONS, port=0)),
+    ):
+        pass
+    assert list(long.iterdir()) == []
 
 
 def test_free_ports_are_distinct_and_free() -> None:

@@ -43,6 +43,7 @@ MANAGEMENT, METRICS = "management.sock", "metrics.sock"  # unix sockets
 DRAINING = "draining"  # while this file is there, workers take no new requests
 JAVA_AT_LEAST = 17
 HEAP = "512m"
+SOCKET_BYTES = 107  # that the path of a unix socket may have
 FRAME_BYTES = 2**20  # that TorchServe lets pass beyond our own limits, so that our answer (413 with JSON) comes first
 
 _ASYNC_JAR = Path(__file__).parent / "java" / "async.jar"
@@ -465,13 +466,15 @@ def serving(options: ServeOptions, on_progress: Callable[[str], None] = lambda s
     """A server that answers, for the time of the `with` block; then it is drained and stopped.
 
     on_progress: told in a few words what is being waited for.
-    Raises: InputError (port_taken, host_invalid), ServerError (java_missing, start_failed); then the log stays.
+    Raises: InputError (port_taken, host_invalid, temporary_directory_invalid); ServerError (java_missing, or
+    start_failed: then the log stays).
     """
     check_port(options.host, options.port, "--port")
     if options.grpc_port is not None:
         check_port(options.host, options.grpc_port, "--grpc-port")
     java = find_java()
-    state = Path(tempfile.mkdtemp(prefix="pmgaft-"))  # a short name: a socket's path has some 100 bytes at most
+    state = Path(tempfile.mkdtemp(prefix="pmgaft-"))  # a short name, for the sockets' paths
+    _check_sockets(state)
     server = Server(options, java, state)
     keep = False
     try:
@@ -485,6 +488,15 @@ def serving(options: ServeOptions, on_progress: Callable[[str], None] = lambda s
         server.stop()
         if not keep:
             shutil.rmtree(state, ignore_errors=True)
+
+
+def _check_sockets(state: Path) -> None:
+    """TorchServe waits in vain for a worker whose socket has too long a path."""
+    longest = state / "tmp" / ".ts.sock.65535"
+    if len(os.fsencode(longest)) > SOCKET_BYTES:
+        state.rmdir()
+        message = f"{state.parent} is too long a path for sockets; name a shorter temporary directory in TMPDIR"
+        raise InputError(message, field="temporary_directory", code="temporary_directory_invalid")
 
 
 # 1 x 1 pixel, grey
