@@ -16,6 +16,7 @@ that the cheapest sees).
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import platform
@@ -198,8 +199,9 @@ def main(model: str, quick: bool) -> None:
         cheap_cost["cpu_seconds"] /= CHEAP_REQUESTS
         found = {"cheapest": cheap_cost}
         show("cheapest", cheap_cost, cheap_cost)
+        turns = itertools.count()  # so that no kind's texts are another's
         for name, make in requests.items():
-            forms = iter([make(turn) for turn in range(1 if quick else REPEATS)])
+            forms = iter([make(next(turns)) for _ in range(1 if quick else REPEATS)])
             cost = measure(watch, lambda forms=forms: ask(client, url, next(forms)), 1 if quick else REPEATS)
             found[name] = cost
             show(name, cost, cheap_cost)

@@ -92,8 +92,8 @@ class Limits:
 
     request_bytes: of the whole body; answer_bytes: of the answer's. image: of each; `decoded` of all together. texts:
     labels times templates that the server has not seen before; tokens: those texts times the longest one's. labels: in
-    a list; those of a named set are the operator's affair. The defaults are such that the dearest request without a
-    probe costs less than a hundred times the cheapest (benchmarks/amplification.py). probe_images, probe_labels: of a
+    a list; those of a named set are the operator's affair. The defaults keep what the dearest request without a probe
+    costs to some 140 times the cheapest (benchmarks/amplification.py). probe_images, probe_labels: of a
     request that asks for a probe. steps, restarts: of a probe, for each loss. targets: answers with a search of their
     own. square: queries without gradients. draws: noisy images of a certificate.
     """
