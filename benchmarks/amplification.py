@@ -90,15 +90,19 @@ def kinds() -> dict[str, Callable[[int], Form]]:
     found["4 PNGs of a quarter of the pixels"] = lambda _: several(quarter, 4)
     found["8 PNGs of a quarter of the pixels (refused)"] = lambda _: several(quarter, 8)
     small = picture(8, 8, "PNG", noise=True)
+    half = picture(side, side // 2, "PNG", noise=False)
     photo = picture(4000, 3000, "JPEG", noise=False, quality=90)
     found |= {
         "4 photographs of 12 megapixels": lambda _: several(photo, 4),
         "1,000 new labels of the most tokens": lambda turn: asking(small, new(labels, turn, LONG), None),
-        "1,000 new labels of the most tokens, lint, the largest PNG": lambda turn: asking(
-            pictures["largest PNG"], new(labels, turn, LONG), None, lint="true"
-        ),
-        "1,000 new labels of the most tokens, lint, the largest JPEG": lambda turn: asking(
+        "1,000 new labels of the most tokens, the largest JPEG (refused)": lambda turn: asking(
             pictures["largest JPEG, progressive"], new(labels, turn, LONG), None, lint="true"
+        ),
+        "as many new tokens as the largest JPEG leaves, lint": lambda turn: asking(
+            pictures["largest JPEG, progressive"], new(beside(decoded), turn, LONG), None, lint="true"
+        ),
+        "as many new tokens as half the pixels leave, lint": lambda turn: asking(
+            half, new(beside(decoded // 2), turn, LONG), None, lint="true"
         ),
         "1,000 new labels, 2 templates (refused)": lambda turn: asking(small, new(labels, turn, "thing"), templates(2)),
         "1,000 new labels, 100 templates (refused)": lambda turn: asking(
@@ -109,6 +113,11 @@ def kinds() -> dict[str, Callable[[int], Form]]:
         "as many bytes of nothing as an image may have (refused)": lambda _: one(bytes(LIMITS.image.bytes)),
     }
     return found
+
+
+def beside(pixels: int) -> int:
+    """How many new labels of the most tokens may be in a request with so many pixels to decode."""
+    return LIMITS.labels * LIMITS.tokens_beside(pixels) // LIMITS.tokens
 
 
 def one(content: bytes) -> Form:

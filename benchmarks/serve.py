@@ -6,7 +6,7 @@ python benchmarks/serve.py --table      # only writes docs/serving.md's tables a
 Parts, in this order: `ceiling` (the encoders in this process, and `pmgaft serve` over HTTP beside them), `labels` (10
 and 1,000 known labels), `photos` (JPEGs of 500 x 375 and 4000 x 3000), `peers` (LitServe twice and a plain TorchServe
 handler, peers/), `cold` (1,000 labels that nobody has seen), `draft` (answers from JPEGs that were scaled while
-decoded), `memory`.
+decoded), `full` (how soon a server that is asked three times what it can do refuses the rest), `memory`.
 
 Everything that is compared is measured in turn within each round, and what counts is the median over rounds of ratios
 inside a round: on a machine that others use too, the rest is noise. The load generator shares the machine with the
@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -44,7 +45,7 @@ from pmgaft.clip.text import TextEncoder, label_features
 from pmgaft.errors import ServerError
 from pmgaft_export.bundle import Bundle, open_bundle
 from pmgaft_serve.bench import Load, Report, Target, drawn, form_message, picture, rotating, run, target_of
-from pmgaft_serve.engines import Engine, open_engine
+from pmgaft_serve.engines import LANES, Encode, Engine, open_engine, open_lane
 from pmgaft_serve.ranking import rank
 from pmgaft_serve.service import Settings
 from pmgaft_serve.torchserve import ServeOptions, Server, free_ports, serving
@@ -56,6 +57,9 @@ BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 CPU = torch.device("cpu")
 LABELS = [f"thing {number}" for number in range(1000)]
 CONCURRENCY = (1, 8, 32)
+JAVA_REQUESTS = 10_000
+FULL_AT = 16  # requests in work
+ALONE = ("decode", "encode")  # what a request cannot do without, measured by itself
 FORMATS = ("torchscript", "onnx", "onnx-int8")
 
 Figures = dict[str, float]
@@ -72,7 +76,7 @@ class Effort:
     models: tuple[str, ...]
 
 
-FULL = Effort(rounds=5, seconds=6.0, warmup=1.5, memory_requests=20_000, models=("mini", "vit_b32"))
+FULL = Effort(rounds=3, seconds=6.0, warmup=1.5, memory_requests=20_000, models=("mini", "vit_b32"))
 QUICK = Effort(rounds=1, seconds=1.0, warmup=0.3, memory_requests=200, models=("mini",))
 
 
@@ -131,10 +135,16 @@ def cores() -> int:
 
 @contextmanager
 def serve(bundle: Bundle, engine: str = "auto", **settings: Any) -> Iterator[tuple[Server, Target]]:
-    """`pmgaft serve` as it comes, on a free port, all 1,000 labels known."""
+    """`pmgaft serve` as it comes, on a free port, all 1,000 labels known, and Java as fast as it will be.
+
+    Java compiles what runs often, and for that takes several times a request's share of the processor in the first
+    thousands of requests; the encoder is spared them, as they are refused.
+    """
     chosen = Settings(threads=cores(), decoders=cores(), **settings)
     with serving(ServeOptions(bundle=bundle.directory, port=0, engine=engine, settings=chosen)) as server:
         target = target_of(server.url)
+        refused = form_message(target, picture(500, 375), [])
+        run(Load(target=target, message=lambda number: refused, concurrency=8, seconds=600, requests=JAVA_REQUESTS))
         known = form_message(target, picture(64, 64), LABELS, top_k="1")
         once(target, known)
         yield server, target
@@ -165,9 +175,10 @@ def ceiling_part(results: Results, effort: Effort, bundles: Mapping[str, Bundle]
     image = picture(500, 375)
     for model, bundle in bundles.items():
         for name, engine in engines(bundle).items():
-            with serve(bundle, engine) as (_, target):
+            with serve(bundle, engine) as (server, target):
                 direct = open_engine(bundle, engine, CPU, cores())
-                single, over_http, ratios, added = [], [], [], []
+                lane = open_lane(bundle, direct.format, CPU, cores())
+                single, beside, over_http, ratios, added, spent = [], [], [], [], [], []
                 for _ in range(effort.rounds):
                     best = max(images_a_second(direct, bundle, size, effort.seconds / 3) for size in (1, 8, 32))
                     load = Load(
@@ -177,19 +188,33 @@ def ceiling_part(results: Results, effort: Effort, bundles: Mapping[str, Bundle]
                         seconds=effort.seconds,
                         warmup=effort.warmup,
                     )
-                    report = results.report(run(load), part="ceiling", model=model, engine=name, concurrency=32)
+                    with processor_seconds(server) as used:
+                        answer = run(load)
+                    report = results.report(answer, part="ceiling", model=model, engine=name, concurrency=32)
+                    spent.append(per_request(used, report, load))
                     lone = results.report(
                         run(replace(load, concurrency=1)), part="ceiling", model=model, engine=name, concurrency=1
                     )
                     call = direct_call(direct, bundle, image, effort.seconds / 3)
                     single.append(best)
+                    if lane is not None:
+                        sizes = (1, 8, 32 // LANES)
+                        beside.append(max(lanes_a_second(lane, bundle, size, effort.seconds / 3) for size in sizes))
                     over_http.append(report.throughput)
                     ratios.append(report.throughput / best)
                     added.append(lone.latency_ms["p50"] - call)
+                alone = {"decode": decode_cost(bundle, image), "encode": encode_cost(direct, bundle)}
+            costs = alone | {process: median([one[process] for one in spent]) for process in spent[0]}
+            results.tables.setdefault("processor_ms", {})[f"{model}_{name}"] = costs
+            print(f"  processor ms a request: {costs}", flush=True)
             results.figure(f"ceiling.images_per_second.{model}_{name}", median(single))
             results.figure(f"serve.requests_per_second.{model}_{name}_c32", median(over_http))
             results.figure(f"serve.http_over_ceiling.{model}_{name}_c32", median(ratios))
             results.figure(f"serve.lone_request_added_ms.{model}_{name}", median(added))
+            if beside:
+                lanes = zip(over_http, beside, strict=True)
+                results.figure(f"ceiling_lanes.images_per_second.{model}_{name}", median(beside))
+                results.figure(f"serve.http_over_lanes.{model}_{name}_c32", median([one / two for one, two in lanes]))
     figures = results.figures
     for model in bundles:  # under the names that summary.json is asked for
         if f"serve.http_over_ceiling.{model}_fp32_c32" in figures:
@@ -213,6 +238,66 @@ def images_a_second(engine: Engine, bundle: Bundle, size: int, seconds: float) -
     while time.perf_counter() - start < seconds or not count:
         engine.image(pixels)
         count += size
+    return count / (time.perf_counter() - start)
+
+
+@contextmanager
+def processor_seconds(server: Server) -> Iterator[dict[str, float]]:
+    """What the front end, the worker and this process, which sends the load, use inside the `with` block."""
+    known = server.processes() | {"load generator": os.getpid()}
+    names = {"torchserve": "front end", "worker 0": "worker"}
+
+    def seconds() -> dict[str, float]:
+        times = {name: psutil.Process(pid).cpu_times() for name, pid in known.items()}
+        return {names.get(name, name): one.user + one.system for name, one in times.items()}
+
+    used: dict[str, float] = {}
+    before = seconds()
+    yield used
+    used |= {name: after - before[name] for name, after in seconds().items()}
+
+
+def per_request(used: Mapping[str, float], report: Report, load: Load) -> dict[str, float]:
+    """Processor milliseconds of each process for one request; "idle": what the cores had left."""
+    requests = report.throughput * (load.seconds + load.warmup)
+    costs = {name: 1000 * seconds / requests for name, seconds in used.items()}
+    return costs | {"idle": 1000 * cores() / report.throughput - sum(costs.values())}
+
+
+def decode_cost(bundle: Bundle, image: bytes, times: int = 100) -> float:
+    """Processor milliseconds of one file to pixels, by itself."""
+    begun = time.process_time()
+    for _ in range(times):
+        read_pixels(image, bundle.preprocess)
+    return 1000 * (time.process_time() - begun) / times
+
+
+def encode_cost(engine: Engine, bundle: Bundle, size: int = 32, times: int = 5) -> float:
+    """Processor milliseconds of one image in a batch, by the encoder alone."""
+    pixels = torch.rand(size, 3, *bundle.preprocess.size)
+    engine.image(pixels)
+    begun = time.process_time()
+    for _ in range(times):
+        engine.image(pixels)
+    return 1000 * (time.process_time() - begun) / (size * times)
+
+
+def lanes_a_second(lane: Encode, bundle: Bundle, size: int, seconds: float) -> float:
+    """As `images_a_second`, of batches beside each other, as the server encodes them."""
+    pixels = torch.rand(size, 3, *bundle.preprocess.size)
+    end = time.perf_counter() + seconds
+
+    def one_lane(_: int) -> int:
+        lane(pixels)
+        count = 0
+        while time.perf_counter() < end:
+            lane(pixels)
+            count += size
+        return count
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(LANES) as threads:
+        count = sum(threads.map(one_lane, range(LANES)))
     return count / (time.perf_counter() - start)
 
 
@@ -416,6 +501,26 @@ def draft_part(results: Results, bundles: Mapping[str, Bundle]) -> None:
     results.figure("draft.worst_mean_grey_levels", max(differences))
 
 
+def full_part(results: Results, effort: Effort, bundles: Mapping[str, Bundle]) -> None:
+    """Refusals of a full server: requests come at three times the rate that it answers, whatever it says."""
+    image, refusals = picture(500, 375), []
+    with serve(bundles["mini"], requests=FULL_AT) as (_, target):
+        load = Load(
+            target=target,
+            message=messages(target, image, 10),
+            concurrency=FULL_AT,
+            seconds=effort.seconds,
+            warmup=effort.warmup,
+        )
+        for _ in range(effort.rounds):
+            most = results.report(run(load), part="full", asked="what it can").throughput
+            over = replace(load, rate=3 * most, concurrency=1000)
+            report = results.report(run(over), part="full", asked="three times that")
+            print(f"    refused in {report.refusal_ms} ms, {report.statuses}", flush=True)
+            refusals.append(report.refusal_ms["p95"])
+    results.figure("ops.refusal_p95_ms", median(refusals))
+
+
 def memory_part(results: Results, effort: Effort, bundle: Bundle) -> None:
     """Growth of the worker and of the front end over many requests of all kinds, after a tenth of them."""
     chance = random.Random(0)
@@ -483,7 +588,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-PARTS = ("ceiling", "labels", "photos", "peers", "cold", "draft", "memory")
+PARTS = ("ceiling", "labels", "photos", "peers", "cold", "draft", "full", "memory")
 
 
 @click.command()
@@ -514,6 +619,7 @@ def main(quick: bool, parts: tuple[str, ...], parity_data: str | None, only_tabl
             "peers": lambda: peers_part(results, effort, bundles["vit_b32"], models["vit_b32"]),
             "cold": lambda: cold_part(results, effort, bundles),
             "draft": lambda: draft_part(results, bundles),
+            "full": lambda: full_part(results, effort, bundles),
             "memory": lambda: memory_part(results, effort, bundles["mini"]),
         }
         for part in PARTS:
@@ -564,11 +670,24 @@ def tables(content: Mapping[str, Any]) -> str:
             f"{figures[f'ceiling.images_per_second.{name}']:.1f}",
             f"{figures[f'serve.requests_per_second.{name}_c32']:.1f}",
             f"{figures[f'serve.http_over_ceiling.{name}_c32']:.0%}",
+            f"{figures[f'ceiling_lanes.images_per_second.{name}']:.1f}",
+            f"{figures[f'serve.http_over_lanes.{name}_c32']:.0%}",
             f"{figures[f'serve.lone_request_added_ms.{name}']:.1f}",
         )
         for name in sorted(name.rpartition(".")[2] for name in figures if name.startswith("ceiling."))
     ]
-    heads = ("model and engine", "encoder alone, images/s", "HTTP at 32, requests/s", "share", "lone request adds, ms")
+    heads: tuple[str, ...] = (
+        "model and engine",
+        "encoder alone, images/s",
+        "HTTP at 32, requests/s",
+        "share",
+        "lone request adds, ms",
+    )
+    parts.append(markdown(heads, rows))
+    spent = content["tables"].get("processor_ms", {})
+    columns = list(next(iter(spent.values()), {}))
+    rows = [(name, *(f"{costs[column]:.2f}" for column in columns)) for name, costs in sorted(spent.items())]
+    heads = ("processor ms a request, at 32", *(f"{one} alone" if one in ALONE else one for one in columns))
     parts.append(markdown(heads, rows))
     for part, keys in {"labels": ("model", "labels"), "photos": ("model", "jpeg"), "peers": ("server",)}.items():
         reports = [report for report in content["reports"] if report["part"] == part]
@@ -580,7 +699,7 @@ def tables(content: Mapping[str, Any]) -> str:
             figures_of += [median([one["latency_ms"][name] for one in mine]) for name in ("p50", "p95", "p99")]
             rows.append((*map(str, group), *(f"{value:.1f}" for value in figures_of)))
         parts.append(markdown((*keys, "at once", "requests/s", "p50 ms", "p95 ms", "p99 ms"), rows))
-    named = {name: value for name, value in figures.items() if name.count(".") == 1 and not name.startswith("ceiling")}
+    named = {name: value for name, value in figures.items() if name.count(".") == 1}
     parts.append(markdown(("figure", ""), [(f"`{name}`", f"{value:g}") for name, value in named.items()]))
     return "\n\n".join(part for part in parts if part)
 

@@ -31,9 +31,9 @@ COLOURS = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 
 POISON = (1, 2, 3)  # a picture of this colour makes the fake encoder fail
 
 
-def colour_png(colour: tuple[int, int, int]) -> bytes:
+def colour_png(colour: tuple[int, int, int], side: int = 8) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), colour).save(buffer, "PNG")
+    Image.new("RGB", (side, side), colour).save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -92,6 +92,7 @@ class Bench:
         sets: Sequence[LabelSet] = (),
         warm: Sequence[LabelSet] = (),
         chance: random.Random | None = None,
+        lane: Encoder | None = None,
     ) -> None:
         self.encoder, self.gradient, self.texts = Encoder(), Encoder(), Texts()
         self.records: list[Record] = []
@@ -99,6 +100,7 @@ class Bench:
         model = Model(
             info=ModelInfo(name="colours", bundle="sha256:0", engine="fake-cpu", format="fake"),
             image=self.encoder,
+            lane=lane,
             gradient=self.gradient,
             text=self.texts,
             preprocess=PreprocessSpec(size=(8, 8), mean=(0.5,) * 3, std=(0.5,) * 3),
@@ -132,9 +134,10 @@ def benches() -> Iterator[Callable[..., Bench]]:
         sets: Sequence[LabelSet] = (),
         warm: Sequence[LabelSet] = (),
         chance: random.Random | None = None,
+        lane: Encoder | None = None,
         **settings: Any,
     ) -> Bench:
-        made.append(Bench(Settings(**settings), draining, sets, warm, chance))
+        made.append(Bench(Settings(**settings), draining, sets, warm, chance, lane))
         return made[-1]
 
     yield bench

@@ -113,3 +113,31 @@ def test_a_caller_that_gave_up_disturbs_nobody(thread: ThreadPoolExecutor) -> No
         return (await second)[0]
 
     assert run(scene()) == 4
+
+
+def test_two_batches_run_beside_each_other_and_nobody_is_forgotten() -> None:
+    work = Work()
+    seen: list[int] = []
+    together = threading.Barrier(2)
+
+    def beside(items: Sequence[int]) -> list[int | Exception]:
+        if 0 in items or 1 in items:
+            together.wait(20)  # goes on once both are here
+        seen.append(batcher.running)
+        return work(items)
+
+    async def scene() -> list[tuple[int, float]]:
+        first = [asyncio.create_task(batcher(number)) for number in range(2)]
+        found = await asyncio.gather(*first)
+        for start in range(2, 400, 7):  # whatever comes just as a runner ends
+            more = [asyncio.create_task(batcher(number)) for number in range(start, start + 7)]
+            await asyncio.sleep(0)
+            found += await asyncio.gather(*more)
+        return found
+
+    with ThreadPoolExecutor(2) as threads:
+        batcher = Batcher(beside, threads, 1, at_once=2)
+        found = run(scene())
+    assert [result for result, _ in found] == [number * number for number in range(len(found))]
+    assert max(seen) == 2
+    assert batcher.running == 0

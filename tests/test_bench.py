@@ -114,6 +114,7 @@ def test_mistakes_are_counted_by_status_and_code_and_are_no_answers() -> None:
     assert set(report.statuses) == {"200", "503"}
     assert report.codes == {"overloaded": report.statuses["503"]}
     assert report.requests == report.statuses["200"]
+    assert 0 < report.refusal_ms["p50"] <= report.refusal_ms["max"]
 
 
 def test_as_many_requests_are_in_flight_as_asked_for_and_no_more() -> None:
@@ -172,7 +173,7 @@ def test_a_server_that_hangs_up_is_counted_as_unanswered() -> None:
     report = asyncio.run(scene())
     assert report.requests == 0
     assert sum(report.unanswered.values()) > 0
-    assert report.latency_ms == {}
+    assert (report.latency_ms, report.refusal_ms) == ({}, {})
 
 
 def test_nobody_there_is_said_at_once() -> None:

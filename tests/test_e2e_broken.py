@@ -124,6 +124,29 @@ def test_a_bundle_that_changes_while_it_is_served_changes_no_answer(running: Run
     assert not state.exists()  # and every process of it is gone, or stop() would have waited
 
 
+CLOCK = """
+import itertools, time
+jumps, real = itertools.cycle((0, 86_400 * 365, -86_400 * 3650)), time.time
+time.time = lambda: real() + next(jumps)
+"""
+
+
+def test_a_worker_that_hangs_is_replaced_and_a_clock_that_jumps_disturbs_nobody(
+    served_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(CLOCK)  # of the workers: by a year, by minus ten, at every look
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    options = ServeOptions(bundle=served_bundle, port=0, start_seconds=400, hang_seconds=5)
+    with serving(options) as server, Client(server.url) as client:
+        question = Question(labels=LABELS, probe={"steps": 2, "seconds": 20})
+        assert client.classify(PNG, question).probe is not None
+        first = server.workers()
+        os.kill(first[0], signal.SIGSTOP)
+        wait_for(lambda: server.workers() not in ([], first) and server.ready())
+        assert client.classify(PNG, question).probe is not None
+        assert server.workers() != first
+
+
 @contextmanager
 def small_disk(megabytes: int) -> Iterator[Path]:
     where = Path(tempfile.mkdtemp(prefix="p", dir="/tmp"))  # short: sockets will lie in it

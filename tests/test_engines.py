@@ -28,6 +28,7 @@ from pmgaft_serve.engines import (
     chosen_format,
     guarded_memory,
     open_engine,
+    open_lane,
     worker_device,
 )
 
@@ -60,6 +61,27 @@ def test_every_engine_gives_the_models_features(
     with torch.no_grad():
         torch.testing.assert_close(engine.image(pixels), tiny_clip.image(pixels), atol=1e-4, rtol=0)
         torch.testing.assert_close(engine.text(tokens), tiny_clip.text_tower(tokens), atol=1e-4, rtol=0)
+
+
+def test_a_lane_gives_the_same_features_by_half_of_the_threads(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int | None] = []
+
+    def opened(path: Path, device: torch.device, count: int | None = None, **options: Any) -> Any:
+        threads.append(count)
+        return open_encoder(path, device, count, **options)
+
+    monkeypatch.setattr(engines, "open_encoder", opened)
+    lane = open_lane(bundle, "onnx", CPU, 4)
+    assert lane is not None
+    assert threads == [2]
+    pixels = torch.rand(3, 3, 32, 32)
+    torch.testing.assert_close(lane(pixels), open_engine(bundle, "onnx", CPU, 1).image(pixels), atol=1e-6, rtol=0)
+
+
+def test_there_is_no_lane_where_it_is_of_no_use(bundle: Bundle) -> None:
+    assert open_lane(bundle, "onnx", CPU, 1) is None  # one core
+    assert open_lane(bundle, "onnx", torch.device("cuda"), 4) is None  # a GPU takes the larger batch
+    assert open_lane(bundle, "torchscript", CPU, 4) is None  # its threads are the calling thread's
 
 
 def test_the_probes_encoder_has_the_models_derivative(bundle: Bundle, tiny_clip: Clip) -> None:

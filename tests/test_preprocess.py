@@ -25,7 +25,7 @@ from pmgaft.clip.preprocess import (
     ImageLimits,
     PreprocessSpec,
     open_image,
-    pixels_to_decode,
+    plan_image,
     read_pixels,
     resize,
     to_pixels,
@@ -405,7 +405,7 @@ def test_what_decoding_costs_is_bounded_and_a_jpeg_that_is_scaled_meanwhile_coun
     large, small = picture(200, 160), picture(64, 50)
     files = {"PNG": encoded(large), "JPEG": encoded(large, "JPEG"), "small JPEG": encoded(small, "JPEG")}
     costs = {"PNG": 200 * 160, "JPEG": 200 * 160 // 3, "small JPEG": 64 * 50}
-    assert {name: pixels_to_decode(content, spec) for name, content in files.items()} == costs
+    assert {name: plan_image(content, spec).pixels_to_decode for name, content in files.items()} == costs
     for name, content in files.items():
         read_pixels(content, spec, ImageLimits(decoded=costs[name]))
         with pytest.raises(ImageError, match="pixels to decode") as refused:

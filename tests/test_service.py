@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from colour_service import BLUE, GREEN, POISON, RED, Bench, ask, code, colour_png, content, run, until
+from colour_service import BLUE, GREEN, POISON, RED, Bench, Encoder, ask, code, colour_png, content, run, until
 from torch import Tensor
 
 from pmgaft.clip.ensembles import named_templates
@@ -148,6 +148,30 @@ def test_a_lone_request_waits_for_nobody_and_a_batch_forms_while_the_encoder_is_
     replies = run(scene())
     assert bench.encoder.batches == [1, 5]
     assert [content(reply)["predictions"][0]["label"] for reply in replies] == ["red", *["green"] * 5]
+
+
+def test_a_batch_that_is_alone_takes_all_cores_and_the_next_goes_beside_it(make: Callable[..., Bench]) -> None:
+    lane = Encoder()
+    bench = make(lane=lane, batch=8)
+
+    async def scene() -> list[Reply]:
+        bench.encoder.gate.clear()
+        lane.gate.clear()
+        first = asyncio.create_task(bench.ask(RED))
+        await until(bench.encoder.entered.is_set)
+        second = asyncio.create_task(bench.ask(GREEN))
+        await until(lane.entered.is_set)
+        others = [asyncio.create_task(bench.ask(BLUE)) for _ in range(5)]
+        await until(lambda: bench.service._images.waiting == 5)
+        lane.gate.set()
+        replies = [await task for task in (second, *others)]
+        bench.encoder.gate.set()
+        return [await first, *replies, await bench.ask(RED)]
+
+    replies = run(scene())
+    assert [content(reply)["predictions"][0]["label"] for reply in replies] == ["red", "green", *["blue"] * 5, "red"]
+    assert bench.encoder.batches == [1, 1]
+    assert lane.batches == [1, 4, 1]  # half of the batch's images each
 
 
 def test_a_lone_request_sets_no_timer(bench: Bench) -> None:
@@ -285,10 +309,24 @@ def test_several_images_are_bounded_together_before_one_is_decoded(
         return run(bench.service.answer(Incoming(fields={"body": body}, content_type="application/json")))
 
     assert asked([image] * 3 + ["AAAA"]).status == 200  # what is no picture costs nothing
-    monkeypatch.setattr(service_module, "read_pixels", None)
+    monkeypatch.setattr(service_module, "read_planned", None)
     reply = asked([image] * 4)
     assert (reply.status, code(reply)) == (413, "images_too_many_pixels")
     assert "256 pixels to decode; at most 192" in content(reply)["error"]["message"]
+
+
+def test_large_images_leave_fewer_tokens_and_labels_that_are_known_by_then_pass(make: Callable[..., Bench]) -> None:
+    labels = [f"thing {number}" for number in range(200)]
+    tokens = 200 * len(f"a photo of a {labels[-1]}.".split())  # as the bench's encoder counts them
+    bench = make(limits=Limits(image=ImageLimits(decoded=8 * 8), tokens=tokens))
+    refused = ask(bench, RED, ",".join(labels))  # of as many pixels as may be decoded
+    assert (refused.status, code(refused)) == (422, "tokens_too_many")
+    assert (
+        f"make {tokens:,} tokens to encode; at most {tokens // 10:,} are allowed"
+        in content(refused)["error"]["message"]
+    )
+    assert ask(bench, colour_png((200, 30, 30), side=1), ",".join(labels[:190])).status == 200
+    assert ask(bench, RED, ",".join(labels)).status == 200  # ten are new
 
 
 def test_a_full_server_refuses_at_once_and_says_when_to_come_back(make: Callable[..., Bench]) -> None:

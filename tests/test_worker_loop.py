@@ -128,7 +128,7 @@ def test_each_request_is_answered_on_its_own_whatever_the_others_do() -> None:
         return [body + str(context.get_request_id(0)).encode()]
 
     with front, back, ThreadPoolExecutor(1) as thread:
-        loop = thread.submit(lambda: asyncio.run(worker_loop._run(FakeService(back, handle))))
+        loop = thread.submit(lambda: asyncio.run(worker_loop._run(FakeService(back, handle), asyncio.sleep(0))))
         bodies = [b"slow", b"bad", b"quick" * 100_000, b"last"]
         front.sendall(b"".join(message(request(number, body)) for number, body in enumerate(bodies)))
         found = answers(front, 4)
@@ -143,7 +143,12 @@ def test_each_request_is_answered_on_its_own_whatever_the_others_do() -> None:
 
 def test_a_worker_runs_our_loop_in_the_place_of_torchserves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AsyncService, "run", None)
-    worker_loop.install()
+    beside: list[str] = []
+
+    async def other() -> None:
+        beside.append("ran")
+
+    worker_loop.install(other)
     front, back = socket.socketpair()
 
     async def handle(data: list[dict[str, bytes]], context: Context) -> list[bytes]:
@@ -155,6 +160,7 @@ def test_a_worker_runs_our_loop_in_the_place_of_torchserves(monkeypatch: pytest.
         assert answers(front, 1) == {"id-7": (200, b"answer")}
         front.close()
         assert loop.result(timeout=20) is None
+    assert beside == ["ran"]
 
 
 def received(headers: dict[str, str], **fields: bytes) -> Any:

@@ -112,24 +112,48 @@ def read_pixels(data: bytes, spec: PreprocessSpec, limits: ImageLimits = ImageLi
     one of 255 grey levels on average, and by 16 at most.
     Raises: as `open_image`.
     """
-    image, draft, cost = _planned(data, spec, limits)
+    return read_planned(plan_image(data, spec, limits), spec)
+
+
+def plan_image(data: bytes, spec: PreprocessSpec, limits: ImageLimits = ImageLimits()) -> PlannedImage:
+    """The first half of `read_pixels`: the header is read, nothing is decoded. Raises: as `open_image`."""
+    image = _header(data, limits)
+    pixels = image.width * image.height
+    draft = _draft(image, spec)
+    cost = pixels if draft is None else pixels // _DRAFT_SAVES
     if cost > limits.decoded:
         message = f"the image has {cost:,} pixels to decode; at most {limits.decoded:,} are allowed"
         raise _image_error("image_too_many_pixels", message)
-    if draft is None:
-        return to_pixels(_finish(image), spec)
-    _load(image)
-    small = _to_rgb(image).resize(draft.stored, _RESAMPLING[interpolation_of(spec)], box=draft.box)
-    return _as_tensor(_crop_or_pad(_upright(small, draft.orientation), spec.size[1], spec.size[0]))
+    return PlannedImage(image, draft, cost)
 
 
-def pixels_to_decode(data: bytes, spec: PreprocessSpec, limits: ImageLimits = ImageLimits()) -> int:
-    """What `read_pixels` would count against `limits.decoded`, from the header. Raises: as `open_image`."""
-    return _planned(data, spec, limits)[2]
+def read_planned(planned: PlannedImage, spec: PreprocessSpec) -> Tensor:
+    """The second half of `read_pixels`, once for each plan.
+
+    Raises: ImageError (image_truncated, image_invalid, image_unsupported).
+    """
+    image, draft = planned.image, planned.draft
+    try:
+        if draft is None:
+            return to_pixels(_finish(image), spec)
+        _load(image)
+        small = _to_rgb(image).resize(draft.stored, _RESAMPLING[interpolation_of(spec)], box=draft.box)
+        return _as_tensor(_crop_or_pad(_upright(small, draft.orientation), spec.size[1], spec.size[0]))
+    finally:
+        image.close()  # which frees its pixels, however long the plan is kept
 
 
 @dataclass(frozen=True, slots=True)
-class _Draft:
+class PlannedImage:
+    """A picture whose header was read. pixels_to_decode: what decoding it costs, as ImageLimits.decoded counts."""
+
+    image: Image.Image
+    draft: Draft | None
+    pixels_to_decode: int
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
     """A JPEG that will be scaled while it is decoded.
 
     stored: (width, height) it is resized to, as it lies in the file. box: what the picture takes of what is decoded,
@@ -141,20 +165,18 @@ class _Draft:
     orientation: int
 
 
-def _planned(data: bytes, spec: PreprocessSpec, limits: ImageLimits) -> tuple[Image.Image, _Draft | None, int]:
-    """The picture, not decoded yet; how it is scaled meanwhile, if it is; and the pixels that decoding costs."""
-    image = _header(data, limits)
-    whole, pixels = image.size, image.width * image.height
+def _draft(image: Image.Image, spec: PreprocessSpec) -> Draft | None:
+    """How a JPEG that is large enough will be scaled while it is decoded, which it is told here."""
     if image.format not in _DRAFTED:
-        return image, None, pixels
-    orientation = _orientation(image)
+        return None
+    whole, orientation = image.size, _orientation(image)
     turned = orientation in _TURNED
     scaled = scaled_size(whole[::-1] if turned else whole, spec)
     stored = scaled[::-1] if turned else scaled
     drafted = image.draft(None, (2 * stored[0], 2 * stored[1]))
     if drafted is None or image.size == whole:
-        return image, None, pixels
-    return image, _Draft(stored, drafted[1], orientation), pixels // _DRAFT_SAVES
+        return None
+    return Draft(stored, drafted[1], orientation)
 
 
 def _header(data: bytes | Path, limits: ImageLimits) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Work of many callers, done together: whatever waits when the thread becomes free is the next batch."""
+"""Work of many callers, done together: whatever waits when a thread becomes free is the next batch."""
 
 from __future__ import annotations
 
@@ -26,30 +26,34 @@ class _Waiting(Generic[T, R]):
 
 
 class Batcher(Generic[T, R]):
-    """A lone caller waits for nobody, no clock is looked at, and a batch forms while the thread is busy.
+    """A lone caller waits for nobody, no clock is looked at, and a batch forms while the threads are busy.
 
-    work: items -> as many results, where a result may also be the error of its item alone; run in `thread`, a batch at
-    a time. most: weight of one batch, of which there is always at least one item. on_batch: told each batch's weight.
-    on_waiting: told how many items wait, whenever that changes.
+    work: items -> as many results, where a result may also be the error of its item alone; run in `threads`, at most
+    `at_once` batches at a time. most: weight of one batch, of which there is always at least one item. on_batch: told
+    each batch's weight. on_waiting: told how many items wait, whenever that changes.
     A batch whose work raises is tried again in halves, so that only the items at fault fail.
     """
 
     def __init__(
         self,
         work: Callable[[Sequence[T]], Sequence[R | Exception]],
-        thread: Executor,
+        threads: Executor,
         most: int,
         on_batch: Callable[[int], None] = lambda weight: None,
         on_waiting: Callable[[int], None] = lambda items: None,
+        at_once: int = 1,
     ) -> None:
         self._work = work
-        self._thread = thread
+        self._threads = threads
         self._most = most
+        self._idle = at_once  # runners that could be started
         self._on_batch = on_batch
         self._on_waiting = on_waiting
         self._waiting: list[_Waiting[T, R]] = []
         self._numbers = itertools.count()
-        self._runner: asyncio.Task[None] | None = None
+        self._runners: set[asyncio.Task[None]] = set()
+        self.running = 0
+        """Batches in work."""
 
     async def __call__(self, item: T, *, weight: int = 1, turn: int = 0) -> tuple[R, float]:
         """One item's result, and the seconds it waited for its batch to start. Raises: what its work raises.
@@ -61,8 +65,11 @@ class Batcher(Generic[T, R]):
         waiting = _Waiting(turn, next(self._numbers), item, weight, future, time.perf_counter())
         heapq.heappush(self._waiting, waiting)
         self._on_waiting(len(self._waiting))
-        if self._runner is None:
-            self._runner = asyncio.create_task(self._run())
+        if self._idle:
+            self._idle -= 1
+            runner = asyncio.create_task(self._run())
+            self._runners.add(runner)
+            runner.add_done_callback(self._runners.discard)
         return await future
 
     @property
@@ -76,10 +83,12 @@ class Batcher(Generic[T, R]):
         while self._waiting:
             batch = self._next()
             start = time.perf_counter()
+            self.running += 1
             try:
-                results = await loop.run_in_executor(self._thread, self._attempt, [one.item for one in batch])
-            except Exception as error:  # the thread is gone: nobody may wait for ever
+                results = await loop.run_in_executor(self._threads, self._attempt, [one.item for one in batch])
+            except Exception as error:  # the threads are gone: nobody may wait for ever
                 results = [error] * len(batch)
+            self.running -= 1
             for one, result in zip(batch, results, strict=True):
                 if one.future.done():
                     continue  # its request was given up
@@ -87,7 +96,7 @@ class Batcher(Generic[T, R]):
                     one.future.set_exception(result)
                 else:
                     one.future.set_result((result, start - one.arrived))
-        self._runner = None
+        self._idle += 1  # here, not when the task is done: what comes in between would wait for ever
 
     def _next(self) -> list[_Waiting[T, R]]:
         batch = [heapq.heappop(self._waiting)]

@@ -74,7 +74,8 @@ class Load:
 class Report:
     """What came back within the measured time.
 
-    requests: that were answered with 200, `throughput` of them a second. latency_ms: theirs, by quantile, mean, max.
+    requests: that were answered with 200, `throughput` of them a second. latency_ms: theirs, by quantile, mean, max;
+    refusal_ms: the same of all other answers.
     statuses: answers by HTTP status. codes: mistakes by their code. unanswered: by what happened instead.
     client_cpu_share: processor seconds of this process for each second: near 1, the client is what was measured.
     """
@@ -85,6 +86,7 @@ class Report:
     requests: int
     throughput: float
     latency_ms: Mapping[str, float]
+    refusal_ms: Mapping[str, float]
     statuses: Mapping[str, int]
     codes: Mapping[str, int] = field(default_factory=dict)
     unanswered: Mapping[str, int] = field(default_factory=dict)
@@ -264,6 +266,7 @@ class _Run:
         self.everyone: set[_Connection] = set()
         self.sent = 0
         self.latencies: list[float] = []
+        self.refusals: list[float] = []
         self.statuses: Counter[str] = Counter()
         self.codes: Counter[str] = Counter()
         self.unanswered: Counter[str] = Counter()
@@ -301,7 +304,9 @@ class _Run:
             self.statuses[str(answer.status)] += 1
             if answer.status == 200:
                 self.latencies.append(now - due)
-            elif answer.code is not None:
+            else:
+                self.refusals.append(now - due)
+            if answer.code is not None:
                 self.codes[answer.code] += 1
         return True
 
@@ -362,20 +367,27 @@ async def _run(load: Load) -> Report:
 
 
 def _report(state: _Run, seconds: float, processor_seconds: float) -> Report:
-    load, ordered = state.load, sorted(1000 * seconds for seconds in state.latencies)
-    latency: dict[str, float] = {}
-    if ordered:
-        latency = {name: quantile(ordered, share) for name, share in QUANTILES.items()}
-        latency |= {"mean": sum(ordered) / len(ordered), "max": ordered[-1]}
+    load = state.load
     return Report(
         concurrency=load.concurrency,
         rate=load.rate,
         seconds=round(seconds, 3),
-        requests=len(ordered),
-        throughput=round(len(ordered) / seconds, 3),
-        latency_ms={name: round(value, 3) for name, value in latency.items()},
+        requests=len(state.latencies),
+        throughput=round(len(state.latencies) / seconds, 3),
+        latency_ms=_milliseconds(state.latencies),
+        refusal_ms=_milliseconds(state.refusals),
         statuses=dict(sorted(state.statuses.items())),
         codes=dict(sorted(state.codes.items())),
         unanswered=dict(sorted(state.unanswered.items())),
         client_cpu_share=round(processor_seconds / seconds, 3),
     )
+
+
+def _milliseconds(seconds: Sequence[float]) -> dict[str, float]:
+    """By quantile, mean and max; nothing of nothing."""
+    if not seconds:
+        return {}
+    ordered = sorted(1000 * one for one in seconds)
+    found = {name: quantile(ordered, share) for name, share in QUANTILES.items()}
+    found |= {"mean": sum(ordered) / len(ordered), "max": ordered[-1]}
+    return {name: round(value, 3) for name, value in found.items()}

@@ -132,6 +132,7 @@ def _text(report: Report) -> str:
     if set(report.statuses) - {"200"}:
         codes = ", ".join(f"{code} {count}" for code, count in report.codes.items())
         lines.append("statuses      " + "  ".join(f"{s} {n}" for s, n in report.statuses.items()) + f"  ({codes})")
+        lines.append("refused in    " + "  ".join(f"{name} {ms:.1f}" for name, ms in report.refusal_ms.items()))
     if report.unanswered:
         lines.append("unanswered    " + "  ".join(f"{kind} {count}" for kind, count in report.unanswered.items()))
     if report.client_cpu_share > 0.8:

@@ -125,7 +125,8 @@ def serve(
       image_pixels 50000000, decoded_pixels 16777216 (of all images; a third of
       a JPEG that is scaled while decoded), images 16, labels 1000,
       label_characters 300, templates 100, texts 10000 (labels times templates
-      not seen before), tokens 20480 (those times the longest one's);
+      not seen before), tokens 20480 (those times the longest one's; large
+      images leave fewer);
       of a probe: probe_images 16, probe_labels 1000, steps 200, restarts 10,
       targets 10, square 500, draws 1000
 

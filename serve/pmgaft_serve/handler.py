@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ts.context import Context
 
 from . import worker_loop
+from .watchdog import beat, pulse_file
 
 if TYPE_CHECKING:
     from .service import Incoming, Record, Service
@@ -35,7 +36,8 @@ class Handler:
     def initialize(self, context: Context) -> None:
         """Load the model and try it. Where that fails, the reason is left in a file for the launcher."""
         config: Mapping[str, Any] = context.model_yaml_config["pmgaft"]
-        worker_loop.install()
+        pulse = pulse_file(Path(config["state"]), os.getpid())
+        worker_loop.install(lambda: beat(pulse))
         _log_to_stderr()
         _end_with(config["launcher"])
         try:

@@ -11,17 +11,19 @@ from pmgaft.clip.text import TextEncoder
 from pmgaft_export.bundle import Bundle
 
 from . import protocol
-from .engines import Encode, differentiable, open_engine
+from .engines import Encode, differentiable, open_engine, open_lane
 from .texts import TextModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """What is served. image: pixels [B, 3, H, W] -> unit features [B, D]; gradient: the same, with a derivative;
-    text: of texts."""
+    """What is served. image: pixels [B, 3, H, W] -> unit features [B, D]; lane: the same, for batches beside each
+    other, if that is of use; gradient: the same, with a derivative; text: of texts.
+    """
 
     info: protocol.ModelInfo
     image: Encode
+    lane: Encode | None = None
     gradient: Encode
     text: TextModel
     preprocess: PreprocessSpec
@@ -37,6 +39,7 @@ def model_of(bundle: Bundle, engine: str, device: torch.device, threads: int) ->
             name=bundle.manifest.name, bundle=bundle.hash, engine=opened.name, format=opened.format
         ),
         image=opened.image,
+        lane=open_lane(bundle, opened.format, device, threads),
         gradient=differentiable(bundle, device),
         text=encoder,
         preprocess=bundle.preprocess,

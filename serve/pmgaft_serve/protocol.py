@@ -91,11 +91,12 @@ class Limits:
     """What one request may ask for.
 
     request_bytes: of the whole body; answer_bytes: of the answer's. image: of each; `decoded` of all together. texts:
-    labels times templates that the server has not seen before; tokens: those texts times the longest one's. labels: in
-    a list; those of a named set are the operator's affair. The defaults keep what the dearest request without a probe
-    costs to some 140 times the cheapest (benchmarks/amplification.py). probe_images, probe_labels: of a
-    request that asks for a probe. steps, restarts: of a probe, for each loss. targets: answers with a search of their
-    own. square: queries without gradients. draws: noisy images of a certificate.
+    labels times templates that the server has not seen before; tokens: those texts times the longest one's; fewer
+    beside large images (`tokens_beside`). labels: in a list; those of a named set are the operator's affair. The
+    defaults keep what the dearest request without a probe costs below a hundred times the cheapest
+    (benchmarks/amplification.py). probe_images, probe_labels: of a request that asks for a probe. steps, restarts: of
+    a probe, for each loss. targets: answers with a search of their own. square: queries without gradients. draws:
+    noisy images of a certificate.
     """
 
     request_bytes: int = 16 * 2**20
@@ -114,6 +115,12 @@ class Limits:
     targets: int = 10
     square: int = 500
     draws: int = 1000
+
+    def tokens_beside(self, pixels: int) -> int:
+        """New tokens that a request may have beside this many pixels to decode: its cost is bounded as a whole. The
+        largest image leaves a tenth.
+        """
+        return self.tokens - round(0.9 * self.tokens * min(1.0, pixels / self.image.decoded))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

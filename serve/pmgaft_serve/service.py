@@ -5,7 +5,8 @@ A request passes these stages, each where it delays nobody:
     admission   on the event loop: token, room in the queue; refused here at once
     decode      in a pool of threads: the body, then each image to pixels
     text        known labels from the cache on the loop; unknown ones of all requests are encoded together in a thread
-    image       in the encoder's thread, in batches that form while it is busy: a lone request waits for nobody
+    image       in the encoder's thread, in batches that form while it is busy: a lone request waits for nobody; on a
+                CPU in two threads, a batch in each
     rank        on the loop: one small matrix product
     probe       in a thread of its own, of lower priority, each step between plain requests (`probing`); and of a share
                 of what was answered without one, once the answer has left (`sampling`)
@@ -22,7 +23,7 @@ import random
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -32,11 +33,12 @@ from torch import Tensor
 
 from pmgaft import __version__
 from pmgaft.clip.lint import lint, wording_distance
-from pmgaft.clip.preprocess import pixels_to_decode, read_pixels
+from pmgaft.clip.preprocess import PlannedImage, plan_image, read_pixels, read_planned
 from pmgaft.errors import InputError, PmgaftError
 
 from . import probing, protocol
 from .batching import Batcher
+from .engines import LANES
 from .label_sets import LabelSet
 from .metrics import STAGES, Metrics
 from .model import Model
@@ -62,7 +64,7 @@ class Settings:
     """How much the service takes on at once, and for whom.
 
     token: what clients must send as "Authorization: Bearer TOKEN"; None lets everybody in.
-    requests: accepted and unanswered at most; more are refused with 503. batch: images encoded at once.
+    requests: accepted and unanswered at most; more are refused with 503. batch: images encoded at once, in all threads.
     threads: of the encoder; decoders: threads that decode. cache_bytes: of label features. probe: who may probe, and
     how much; sample: the share of ordinary traffic that is probed.
     """
@@ -150,11 +152,14 @@ class Stopwatch:
 
 @dataclass(slots=True)
 class _Job:
-    """One request on its way through. request: once it could be read. samples: of its images, to be probed later."""
+    """One request on its way through. request: once it could be read. pixels: of all its images, to decode. samples: of
+    its images, to be probed later.
+    """
 
     incoming: Incoming
     watch: Stopwatch = field(default_factory=Stopwatch)
     request: Request | None = None
+    pixels: int = 0
     samples: list[Sample] = field(default_factory=list)
 
 
@@ -187,7 +192,8 @@ class Service:
         self._in_flight = 0
         self._decoders = thread_pool("decode", settings.decoders, 1)
         self._text_thread = thread_pool("text", 1, settings.threads)
-        self._image_thread = thread_pool("image", 1, settings.threads)
+        lanes = 1 if model.lane is None else LANES
+        self._image_threads = thread_pool("image", lanes, settings.threads)
         self._texts = Texts(
             model.text,
             self._text_thread,
@@ -198,10 +204,11 @@ class Service:
         )
         self._images = Batcher(
             self._encode_batch,
-            self._image_thread,
-            settings.batch,
+            self._image_threads,
+            max(1, settings.batch // lanes),
             lambda size: metrics.observe("pmgaft_batch_images", size),
             lambda images: metrics.set("pmgaft_queue_images", images),
+            lanes,
         )
         self._prober = Prober(
             model,
@@ -271,7 +278,8 @@ class Service:
         start = time.monotonic()
         for size in (1, 1, *(2**power for power in range(self.settings.batch.bit_length()))):
             if time.monotonic() < start + WARM_UP_SECONDS:
-                await self._in(self._image_thread, self.model.image, torch.zeros(size, 3, height, width))
+                for encode in filter(None, (self.model.image, self.model.lane)):
+                    await self._in(self._image_threads, encode, torch.zeros(size, 3, height, width))
         large = _jpeg(4 * width, 4 * height)  # that is scaled while it is decoded
         everyone = (self._in(self._decoders, read_pixels, large, self.model.preprocess) for _ in range(32))
         pixels = await asyncio.gather(*everyone)
@@ -286,7 +294,7 @@ class Service:
         """End the threads once their work is done."""
         self._sampler.close()
         self._prober.close()
-        for threads in (self._decoders, self._text_thread, self._image_thread):
+        for threads in (self._decoders, self._text_thread, self._image_threads):
             threads.shutdown()
 
     def _admit(self, incoming: Incoming) -> None:
@@ -303,7 +311,7 @@ class Service:
         """A request's answer, and whether some of several images failed."""
         request, images = await self._read(job)
         with self._prober.turn(request, job.incoming.authorization):
-            text = await self._text(request, job.watch)
+            text = await self._text(request, job)
             predicted = await _all(
                 [self._predict(image, turn, text, request, job.watch) for turn, image in enumerate(images)]
             )
@@ -326,45 +334,46 @@ class Service:
     async def _read(self, job: _Job) -> tuple[Request, list[Tensor | PmgaftError]]:
         """The request, and each image's pixels [3, H, W]; of several images, those that fail are their errors."""
         with job.watch("decode"):
-            request, first = await self._in(self._decoders, self._open, job)
-            others = (self._in(self._decoders, self._pixels, image) for image in request.images[1:])
+            request, planned, first = await self._in(self._decoders, self._open, job)
+            others = (self._in(self._decoders, self._pixels, image) for image in planned[1:])
             return request, [first, *await _all(list(others))]
 
-    def _open(self, job: _Job) -> tuple[Request, Tensor | PmgaftError]:
-        """The request and its first image, by one visit to a decoding thread."""
+    def _open(self, job: _Job) -> tuple[Request, list[PlannedImage | PmgaftError], Tensor | PmgaftError]:
+        """The request, its images' headers, and its first image's pixels, by one visit to a decoding thread."""
         incoming = job.incoming
         request = protocol.parse(incoming.content_type, incoming.fields, self.settings.limits, self._sets)
         job.request = request
         self._prober.check(request, incoming.authorization)  # before more is spent on it
-        if request.several:
-            self._check_together(request.images)
-        return request, self._pixels(request.images[0])
-
-    def _check_together(self, images: Sequence[bytes | PmgaftError]) -> None:
-        """Raises: InputError (images_too_many_pixels). An image that cannot be read costs nothing here."""
-        limits, pixels = self.settings.limits.image, 0
-        for image in images:
-            with suppress(PmgaftError):
-                if isinstance(image, bytes):
-                    pixels += pixels_to_decode(image, self.model.preprocess, limits)
-        if pixels > limits.decoded:
-            message = f"the images have {pixels:,} pixels to decode; at most {limits.decoded:,} are allowed together"
+        planned = [self._planned(image) for image in request.images]
+        job.pixels = sum(image.pixels_to_decode for image in planned if isinstance(image, PlannedImage))
+        if job.pixels > (most := self.settings.limits.image.decoded):
+            message = f"the images have {job.pixels:,} pixels to decode; at most {most:,} are allowed together"
             raise InputError(message, field="images", code="images_too_many_pixels")
+        return request, planned, self._pixels(planned[0])
 
-    def _pixels(self, image: bytes | PmgaftError) -> Tensor | PmgaftError:
-        """Runs in a decoding thread."""
+    def _planned(self, image: bytes | PmgaftError) -> PlannedImage | PmgaftError:
         if isinstance(image, PmgaftError):
             return image
         self._metrics.observe("pmgaft_image_bytes", len(image))
         try:
-            return read_pixels(image, self.model.preprocess, self.settings.limits.image)
+            return plan_image(image, self.model.preprocess, self.settings.limits.image)
         except Exception as error:
             return _own_error(error)
 
-    async def _text(self, request: Request, watch: Stopwatch) -> Tensor:
+    def _pixels(self, image: PlannedImage | PmgaftError) -> Tensor | PmgaftError:
+        """Runs in a decoding thread."""
+        if isinstance(image, PmgaftError):
+            return image
+        try:
+            return read_planned(image, self.model.preprocess)
+        except Exception as error:
+            return _own_error(error)
+
+    async def _text(self, request: Request, job: _Job) -> Tensor:
         """The labels' features [K, D]; only unknown labels wait for the text encoder."""
-        with watch("text"):
-            return await self._texts.features(request.labels, request.templates, request.label_set)
+        most_tokens = self.settings.limits.tokens_beside(job.pixels)
+        with job.watch("text"):
+            return await self._texts.features(request.labels, request.templates, request.label_set, most_tokens)
 
     async def _predict(
         self, image: Tensor | PmgaftError, turn: int, text: Tensor, request: Request, watch: Stopwatch
@@ -404,8 +413,9 @@ class Service:
         ]
 
     def _encode_batch(self, pixels: Sequence[Tensor]) -> list[Tensor | Exception]:
-        """Runs in the encoder's thread."""
-        features = self.model.image(torch.stack(list(pixels)))
+        """Runs in an encoder's thread: a batch that has the machine for itself takes all of it."""
+        encode = self.model.image if self.model.lane is None or self._images.running == 1 else self.model.lane
+        features = encode(torch.stack(list(pixels)))
         good = features.isfinite().all(dim=1).tolist()
         return [
             row if fine else PmgaftError("the encoder gave no number") for row, fine in zip(features, good, strict=True)

@@ -80,9 +80,16 @@ class Texts:
         for one in sets:
             self._sets[one.name, one.templates] = self._thread.submit(self._encode_list, one).result()
 
-    async def features(self, labels: Sequence[str], templates: Templates, label_set: str | None = None) -> Tensor:
+    async def features(
+        self,
+        labels: Sequence[str],
+        templates: Templates,
+        label_set: str | None = None,
+        most_tokens: int | None = None,
+    ) -> Tensor:
         """float32 [K, D], in the order of `labels`; `label_set`: the set they all came from, if they did.
 
+        most_tokens: where fewer than usual may be encoded for this request.
         Raises: LabelsError (texts_too_many, tokens_too_many, label_too_long).
         """
         if label_set is not None and (known := self._sets.get((label_set, templates))) is not None:
@@ -93,7 +100,7 @@ class Texts:
         if not found.missing:
             return found.features
         missing = _missing(labels, found)
-        await self._check_budget(missing, templates)
+        await self._check_budget(missing, templates, self._most_tokens if most_tokens is None else most_tokens)
         at_once = max(1, TEXTS_AT_ONCE // len(templates))
         pieces = [
             _Piece(labels=missing[start : start + at_once], templates=templates)
@@ -107,18 +114,21 @@ class Texts:
         )
         return _put_together(found, [row for features, _ in answers for row in features])
 
-    async def _check_budget(self, labels: Sequence[str], templates: Templates) -> None:
+    async def _check_budget(self, labels: Sequence[str], templates: Templates, most_tokens: int) -> None:
         texts = len(labels) * len(templates)
         told = f"{len(labels):,} labels that this server has not seen, times {len(templates)} templates, make"
         if texts > self._most_texts:
             message = f"{told} {texts:,} texts to encode; at most {self._most_texts:,} are allowed in one request"
             raise LabelsError(message, field="labels", code="texts_too_many")
-        if texts * self._encoder.context_length <= self._most_tokens:
+        if texts * self._encoder.context_length <= most_tokens:
             return  # without counting
         count = partial(self._encoder.tokens, prompts(labels, templates))
         tokens = await asyncio.get_running_loop().run_in_executor(self._thread, count)
-        if tokens > self._most_tokens:
-            message = f"{told} {tokens:,} tokens to encode; at most {self._most_tokens:,} are allowed in one request"
+        if tokens > most_tokens:
+            message = (
+                f"{told} {tokens:,} tokens to encode; at most {most_tokens:,} are allowed beside this request's "
+                "images: send the labels in several requests, after which they are known"
+            )
             raise LabelsError(message, field="labels", code="tokens_too_many")
 
     def _work(self, pieces: Sequence[_Piece]) -> list[Tensor]:

@@ -35,6 +35,7 @@ from .metrics import Exporter, Pages, collect, total
 from .protocol import PATH, openapi
 from .request_log import SOCKET, Collector, LogFormat
 from .service import Settings
+from .watchdog import Watchdog
 
 MODEL = "pmgaft"
 HANDLER = "pmgaft_serve.handler"
@@ -74,7 +75,8 @@ class ServeOptions:
     device, engine: as for `pick_device` and `open_engine`. sets: label sets that requests may call by name; warm: label
     lists to be known from the start. tls: for HTTPS, and for gRPC where grpc_port is given. cors_origin: whose pages a
     browser lets read the answers, "*" for anybody's. log: what becomes of one line a request. start_seconds: until the
-    first worker must be ready. drain_seconds: that requests in work get at the end.
+    first worker must be ready. drain_seconds: that requests in work get at the end. hang_seconds: after which a worker
+    that does nothing any more is ended, and replaced.
     """
 
     bundle: Path
@@ -93,6 +95,7 @@ class ServeOptions:
     log: LogFormat = "none"
     start_seconds: float = 180.0
     drain_seconds: float = 30.0
+    hang_seconds: int = 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -300,6 +303,7 @@ class Server:
         self._exporter = Exporter(options.host, _metrics_port(options, inference), pages)
         self.metrics_url = f"http://{_in_url(options.host)}:{self._exporter.port}"
         self._process = self._launch(java)
+        self._watchdog = Watchdog(state, self.workers, options.hang_seconds)
 
     def alive(self) -> bool:
         """Whether TorchServe runs."""
@@ -349,6 +353,7 @@ class Server:
     def stop(self) -> None:
         """End every process, at once where TorchServe does not end by itself in time."""
         self._draining = True
+        self._watchdog.close()
         if self.alive():
             self._process.terminate()
         try:

@@ -17,7 +17,7 @@ import asyncio
 import copy
 import logging
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,9 +39,9 @@ class Received:
     parameters: dict[str, bytes]
 
 
-def install() -> None:
-    """Let this process's worker run this loop instead of TorchServe's."""
-    AsyncService.run = lambda service: asyncio.run(_run(service.service))
+def install(beside: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Let this process's worker run this loop instead of TorchServe's, and `beside` on the same loop."""
+    AsyncService.run = lambda service: asyncio.run(_run(service.service, beside()))
 
 
 class Reader:
@@ -160,8 +160,9 @@ class _FrontEnd(asyncio.Protocol):
             self.closed.set_result(None)
 
 
-async def _run(service: Any) -> None:
+async def _run(service: Any, beside: Coroutine[Any, Any, None]) -> None:
     """Answer until the front end hangs up. service: a ts.service.Service with a handler and the front end's socket."""
+    other = asyncio.create_task(beside)
     tasks: set[asyncio.Task[None]] = set()
 
     async def serve(request: Received) -> None:
@@ -185,6 +186,7 @@ async def _run(service: Any) -> None:
     loop = asyncio.get_running_loop()
     _, front_end = await loop.create_connection(lambda: _FrontEnd(take), sock=service.cl_socket)
     await front_end.closed
+    other.cancel()
 
 
 def _context(model: Context, request: Received) -> Context:
