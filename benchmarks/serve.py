@@ -191,7 +191,7 @@ def ceiling_part(results: Results, effort: Effort, bundles: Mapping[str, Bundle]
                     with processor_seconds(server) as used:
                         answer = run(load)
                     report = results.report(answer, part="ceiling", model=model, engine=name, concurrency=32)
-                    spent.append(per_request(used, report, load))
+                    spent.append(per_request(used, report))
                     lone = results.report(
                         run(replace(load, concurrency=1)), part="ceiling", model=model, engine=name, concurrency=1
                     )
@@ -243,7 +243,9 @@ def images_a_second(engine: Engine, bundle: Bundle, size: int, seconds: float) -
 
 @contextmanager
 def processor_seconds(server: Server) -> Iterator[dict[str, float]]:
-    """What the front end, the worker and this process, which sends the load, use inside the `with` block."""
+    """What the front end, the worker and this process, which sends the load, use inside the `with` block; and "all",
+    the seconds that it lasts.
+    """
     known = server.processes() | {"load generator": os.getpid()}
     names = {"torchserve": "front end", "worker 0": "worker"}
 
@@ -252,15 +254,16 @@ def processor_seconds(server: Server) -> Iterator[dict[str, float]]:
         return {names.get(name, name): one.user + one.system for name, one in times.items()}
 
     used: dict[str, float] = {}
-    before = seconds()
+    before, start = seconds(), time.perf_counter()
     yield used
     used |= {name: after - before[name] for name, after in seconds().items()}
+    used["all"] = time.perf_counter() - start
 
 
-def per_request(used: Mapping[str, float], report: Report, load: Load) -> dict[str, float]:
+def per_request(used: Mapping[str, float], report: Report) -> dict[str, float]:
     """Processor milliseconds of each process for one request; "idle": what the cores had left."""
-    requests = report.throughput * (load.seconds + load.warmup)
-    costs = {name: 1000 * seconds / requests for name, seconds in used.items()}
+    requests = report.throughput * used["all"]
+    costs = {name: 1000 * seconds / requests for name, seconds in used.items() if name != "all"}
     return costs | {"idle": 1000 * cores() / report.throughput - sum(costs.values())}
 
 
@@ -285,20 +288,19 @@ def encode_cost(engine: Engine, bundle: Bundle, size: int = 32, times: int = 5) 
 def lanes_a_second(lane: Encode, bundle: Bundle, size: int, seconds: float) -> float:
     """As `images_a_second`, of batches beside each other, as the server encodes them."""
     pixels = torch.rand(size, 3, *bundle.preprocess.size)
-    end = time.perf_counter() + seconds
 
-    def one_lane(_: int) -> int:
-        lane(pixels)
+    def one_lane(end: float) -> int:
         count = 0
         while time.perf_counter() < end:
             lane(pixels)
             count += size
         return count
 
-    start = time.perf_counter()
     with ThreadPoolExecutor(LANES) as threads:
-        count = sum(threads.map(one_lane, range(LANES)))
-    return count / (time.perf_counter() - start)
+        list(threads.map(lane, [pixels] * LANES))  # not counted
+        start = time.perf_counter()
+        count = sum(threads.map(one_lane, [start + seconds] * LANES))
+        return count / (time.perf_counter() - start)
 
 
 def direct_call(engine: Engine, bundle: Bundle, image: bytes, seconds: float) -> float:

@@ -221,12 +221,12 @@ def opened_on(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 def test_a_bundle_made_on_a_cpu_is_opened_on_the_gpu_and_back(bundle: Bundle, opened_on: list[tuple[Any, ...]]) -> None:
     assert open_engine(bundle, "auto", GPU, threads=1).name == "fake-cuda"
     assert open_engine(bundle, "auto", CPU, threads=1).name == "fake-cpu"
-    exact = {"precision": "float32", "tensorrt": False}
+    exact, beside = {"precision": "float32", "tensorrt": False}, {"crowded": True}
     assert opened_on == [
         ("torchscript", "image.pt", "cuda:0", exact),
-        ("torchscript", "text.pt", "cuda:0", {}),
+        ("torchscript", "text.pt", "cuda:0", beside),
         ("onnx", "image.onnx", "cpu", exact),
-        ("onnx", "text.onnx", "cpu", {}),
+        ("onnx", "text.onnx", "cpu", beside),
     ]
 
 
@@ -298,6 +298,13 @@ def test_int8_is_multiplied_the_slower_way_only_where_it_would_saturate(
     else:
         with pytest.raises(RuntimeError):
             options.get_session_config_entry(key)
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+def test_threads_spin_within_a_call_that_has_the_cores_for_itself_and_never_between_calls(crowded: bool) -> None:
+    options = session_options(2, "float32", crowded)
+    assert options.get_session_config_entry("session.intra_op.allow_spinning") == ("0" if crowded else "1")
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
 
 
 def test_a_damaged_compiled_encoder_is_a_bundle_error(tmp_path: Path) -> None:

@@ -45,10 +45,12 @@ def open_encoder(
     *,
     precision: Precision = "float32",
     tensorrt: bool = False,
+    crowded: bool = False,
 ) -> Opened:
     """Open an encoder that a bundle's hashes were found right for.
 
-    threads: of one call, on a CPU; None: as many as torch uses. precision: of the file, as its format says. tensorrt:
+    threads: of one call, on a CPU; None: as many as torch uses. precision: of the file, as its format says. crowded:
+    others want the processor during calls. tensorrt:
     ONNX Runtime shall compile the graph for this GPU; the first time, that takes minutes. Float32 means float32 on a
     GPU too: TF32 is switched off in this process, since a parity measured on a CPU would say nothing about it.
     Raises: BundleError for a compiled encoder of another kind of machine.
@@ -57,7 +59,8 @@ def open_encoder(
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
     if path.suffix == ".onnx":
-        return _onnxruntime(path, device, session_options(threads or torch.get_num_threads(), precision), tensorrt)
+        options = session_options(threads or torch.get_num_threads(), precision, crowded)
+        return _onnxruntime(path, device, options, tensorrt)
     return (_aotinductor if path.suffix == ".pt2" else _torchscript)(path, device)
 
 
@@ -145,16 +148,18 @@ def _onnxruntime(path: Path, device: torch.device, options: Any, tensorrt: bool)
     return Opened(run=bound(session, device), engine=f"onnxruntime-{kind}")
 
 
-def session_options(threads: int, precision: Precision) -> Any:
-    """What every session of ONNX Runtime is opened with. threads: of one call."""
+def session_options(threads: int, precision: Precision, crowded: bool = False) -> Any:
+    """What every session of ONNX Runtime is opened with. threads: of one call. crowded: as for `open_encoder`."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    # Idle threads that spin take the cores from decoding threads and other workers: a third of the throughput.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Threads that spin while they wait for each other save a tenth to a quarter of a call's time, and take the cores
+    # from decoding threads and other workers: a third of the throughput. Between calls they must not spin.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0" if crowded else "1")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if precision == "int8" and saturates():  # a slower way of multiplying, and the right answers
         options.add_session_config_entry("session.x64quantprecision", "1")
     if precision == "float16":  # laying float16 convolutions out for the CPU crashes 1.31

@@ -46,7 +46,13 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 )
 @click.option("--threads", type=click.IntRange(1), help="Of each worker's encoder [default: cores / workers]")
 @click.option("--decoders", type=click.IntRange(1), help="Threads of each worker that decode [default: as --threads]")
-@click.option("--batch", default=32, show_default=True, type=click.IntRange(1, 1024), help="Images encoded at once.")
+@click.option(
+    "--batch",
+    default=32,
+    show_default=True,
+    type=click.IntRange(1, 1024),
+    help="Images encoded at once, in all batches.",
+)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option(
     "--engine", default="auto", show_default=True, type=click.Choice(ENGINES), metavar="NAME",

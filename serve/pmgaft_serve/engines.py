@@ -69,7 +69,7 @@ def open_engine(bundle: Bundle, choice: str, device: torch.device, threads: int)
     image = open_encoder(path, device, threads, precision=entry.precision, tensorrt=compiled)
     if image.engine.endswith("-cpu") and device.type != "cpu" and entry.precision == "float16":
         raise BundleError(f"{name} is for GPUs, and ONNX Runtime has no provider that is usable on this one")
-    text = open_encoder(bundle.path(entry.text), device, threads)
+    text = open_encoder(bundle.path(entry.text), device, threads, crowded=True)
     return Engine(name=image.engine, format=name, image=_guarded(image.run), text=_guarded(text.run))
 
 
@@ -84,7 +84,7 @@ def open_lane(bundle: Bundle, name: str, device: torch.device, threads: int) -> 
     path = bundle.path(entry.image)
     if device.type != "cpu" or threads < LANES or path.suffix != ENGINES["onnxruntime"]:
         return None
-    return _guarded(open_encoder(path, device, threads // LANES, precision=entry.precision).run)
+    return _guarded(open_encoder(path, device, threads // LANES, precision=entry.precision, crowded=True).run)
 
 
 def chosen_format(manifest: Manifest, choice: str, device: torch.device) -> str:

@@ -5,6 +5,7 @@ Asynchronous mode: `handle` gets one request at a time, and many are under way o
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import re
@@ -106,6 +107,8 @@ def _service(config: Mapping[str, Any], gpu_id: int | None) -> Service:
         warm=load_label_sets(state / "warm-labels.json"),
     )
     service.warm_up()
+    gc.collect()
+    gc.freeze()  # what is there now stays: to look through it again would stop every request for a tenth of a second
     metrics.count("pmgaft_worker_starts_total")
     return service
 

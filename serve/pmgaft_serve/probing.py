@@ -43,7 +43,7 @@ from .probe_protocol import ProbeAnswer, ProbeOptions
 from .protocol import Prediction, Request
 from .ranking import rank
 from .texts import Texts
-from .threads import thread_pool
+from .threads import PROBING, thread_pool
 
 T = TypeVar("T")
 Encoded = Callable[[Tensor], Awaitable[Tensor]]
@@ -180,7 +180,7 @@ class Prober:
         self._encode = encode
         self._gradient = self.pause.between(model.gradient)
         self._rate = Rate(policy.rate)
-        self._thread = thread_pool("probe", 1, threads, yielding=True)
+        self._thread = thread_pool("probe", 1, threads, PROBING)
         self._batches = Batcher(
             self._attack, self._thread, policy.batch, lambda size: metrics.observe("pmgaft_probe_batch_images", size)
         )

@@ -9,13 +9,23 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+ANSWERING = 10
+"""What is added to the niceness of what computes for answers: the event loop and TorchServe, which only pass things on,
+come first, so that a full server refuses at once."""
 
-def thread_pool(name: str, workers: int, torch_threads: int, *, yielding: bool = False) -> ThreadPoolExecutor:
-    """Threads that each compute with `torch_threads`; yielding: the processor goes to others first (Linux)."""
+PROBING = 19
+"""What is added to that of attacks: answers come first."""
+
+
+def thread_pool(name: str, workers: int, torch_threads: int, niceness: int = ANSWERING) -> ThreadPoolExecutor:
+    """Threads that each compute with `torch_threads`. niceness: above the process's own; who is nicer leaves the
+    processor to others (on Linux alone).
+    """
+    own = os.getpriority(os.PRIO_PROCESS, 0) if sys.platform == "linux" else 0
 
     def prepare() -> None:
-        if yielding and sys.platform == "linux":  # there, priorities are a thread's, and those it starts inherit it
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        if sys.platform == "linux":  # there, priorities are a thread's, and those it starts inherit it
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(19, own + niceness))
         torch.set_num_threads(torch_threads)
 
     return ThreadPoolExecutor(workers, thread_name_prefix=name, initializer=prepare)

@@ -214,7 +214,7 @@ def config_properties(options: ServeOptions, ports: Ports, state: Path) -> str:
         "decode_input_request": "false",
         "max_request_size": request_bytes + request_bytes // 2 + FRAME_BYTES,
         "max_response_size": options.settings.limits.answer_bytes + FRAME_BYTES,
-        "job_queue_size": 4 * options.settings.requests,
+        "job_queue_size": max(256, 4 * options.settings.requests),  # else refusals would not be ours
         "metrics_mode": "prometheus",
         "disable_system_metrics": "true",
         "async_logging": "false",
