@@ -255,6 +255,8 @@ def load_torchscript(path: Path, device: torch.device | str = "cpu") -> Callable
     """One encoder of an opened bundle, on `device`, wherever it was exported."""
     with quiet_torchscript():
         module = torch.jit.load(path, map_location=device)  # type: ignore[no-untyped-call]
+    if torch.device(device).type == "cpu":  # convolutions and their gradients take a quarter less time so
+        module = module.to(memory_format=torch.channels_last)
     return cast(Callable[[Tensor], Tensor], module.eval())
 
 
