@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-system check docs clean
+.PHONY: demo test test-system check audit docs clean
 
 demo: $(STAMP)
 	$(BIN)/python -m pmgaft_serve.demo --output-dir demo-output
@@ -25,6 +25,11 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Known vulnerabilities of what is pinned. Not a part of `check`: it asks PyPI, and its answer changes by itself.
+audit: $(STAMP)
+	$(BIN)/python -m pip install --quiet pip-audit==2.10.1
+	$(BIN)/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -71,7 +71,7 @@ class Effort:
     calls: int
 
 
-THOROUGH = Effort(rounds=7, seconds=10.0, warmup=1.0, steps=20, calls=7)
+THOROUGH = Effort(rounds=5, seconds=8.0, warmup=1.0, steps=20, calls=5)
 QUICK = Effort(rounds=1, seconds=1.5, warmup=0.3, steps=2, calls=1)
 
 

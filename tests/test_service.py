@@ -174,6 +174,14 @@ def test_a_batch_that_is_alone_takes_all_cores_and_the_next_goes_beside_it(make:
     assert lane.batches == [1, 4, 1]  # half of the batch's images each
 
 
+def test_beside_onnx_runtimes_threads_torch_starts_none_but_for_probes(make: Callable[..., Bench]) -> None:
+    for lane, expected in ((None, 3), (Encoder(), 1)):
+        service = make(lane=lane, threads=3).service
+        pools = (service._image_threads, service._text_thread)
+        assert [pool.submit(torch.get_num_threads).result() for pool in pools] == [expected, expected]
+        assert service._prober._thread.submit(torch.get_num_threads).result() == 3
+
+
 def test_a_lone_request_sets_no_timer(bench: Bench) -> None:
     timers: list[float] = []
 

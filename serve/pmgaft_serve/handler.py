@@ -91,10 +91,13 @@ def _service(config: Mapping[str, Any], gpu_id: int | None) -> Service:
     from .model import model_of
     from .service import Service, Settings
 
+    # Of this thread, the event loop's: its sums are too small to share. Before anything else, since threads that were
+    # once started for it count for good: with more of them than cores OpenMP no longer spins, and a probe takes twice
+    # the time.
+    torch.set_num_threads(1)
     settings = TypeAdapter(Settings).validate_python(config["settings"])
     device = worker_device(config["device"], gpu_id)
     model = model_of(open_bundle(Path(config["bundle"])), config["engine"], device, settings.threads)
-    torch.set_num_threads(1)  # of this thread, the event loop's: its sums are too small to share
     metrics = Metrics()
     state = Path(config["state"])
     service = Service(

@@ -191,9 +191,10 @@ class Service:
         self._warm = warm
         self._in_flight = 0
         self._decoders = thread_pool("decode", settings.decoders, 1)
-        self._text_thread = thread_pool("text", 1, settings.threads)
         lanes = 1 if model.lane is None else LANES
-        self._image_threads = thread_pool("image", lanes, settings.threads)
+        torch_threads = settings.threads if model.lane is None else 1  # ONNX Runtime has threads of its own
+        self._text_thread = thread_pool("text", 1, torch_threads)
+        self._image_threads = thread_pool("image", lanes, torch_threads)
         self._texts = Texts(
             model.text,
             self._text_thread,
