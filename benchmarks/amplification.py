@@ -65,12 +65,13 @@ def picture(width: int, height: int, kind: str, *, noise: bool, **options: Any) 
 def kinds() -> dict[str, Callable[[int], Form]]:
     """Name -> the request, given a number that makes its texts new."""
     most, decoded = LIMITS.image.pixels, LIMITS.image.decoded
-    side, largest = int(decoded**0.5), int(most**0.5)
+    side, largest, progressive = int(decoded**0.5), int(most**0.5), int((2 * decoded) ** 0.5)
     labels = LIMITS.labels
     jpeg = {"quality": 95, "subsampling": 0, "progressive": True}
     pictures = {
         "largest PNG": picture(side, side, "PNG", noise=False),
-        "largest JPEG, progressive": picture(largest, largest, "JPEG", noise=False, **jpeg),
+        "largest JPEG": picture(largest, largest, "JPEG", noise=False, quality=95, subsampling=0),
+        "largest JPEG, progressive": picture(progressive, progressive, "JPEG", noise=False, **jpeg),
         "most bytes of JPEG, progressive": picture(2480, 2480, "JPEG", noise=True, **jpeg),
         "most bytes of PNG": picture(2040, 2040, "PNG", noise=True),
         "largest WebP": picture(16383, decoded // 16383, "WEBP", noise=False, quality=50),

@@ -400,11 +400,12 @@ def test_a_decompression_bomb_is_refused_from_its_header(side: int, monkeypatch:
         assert code_of(bomb) == "image_too_many_pixels"
 
 
-def test_what_decoding_costs_is_bounded_and_a_jpeg_that_is_scaled_meanwhile_counts_a_third() -> None:
+def test_what_decoding_costs_is_bounded_and_a_jpeg_that_is_scaled_meanwhile_counts_a_third_or_half() -> None:
     spec = PreprocessSpec(size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3)
     large, small = picture(200, 160), picture(64, 50)
     files = {"PNG": encoded(large), "JPEG": encoded(large, "JPEG"), "small JPEG": encoded(small, "JPEG")}
-    costs = {"PNG": 200 * 160, "JPEG": 200 * 160 // 3, "small JPEG": 64 * 50}
+    files["progressive JPEG"] = encoded(large, "JPEG", progressive=True)
+    costs = {"PNG": 200 * 160, "progressive JPEG": 200 * 160 // 2, "JPEG": 200 * 160 // 3, "small JPEG": 64 * 50}
     assert {name: plan_image(content, spec).pixels_to_decode for name, content in files.items()} == costs
     for name, content in files.items():
         read_pixels(content, spec, ImageLimits(decoded=costs[name]))

@@ -59,6 +59,7 @@ _TURNED = (5, 6, 7, 8)  # orientations by which rows become columns
 # keeps is computed.
 _LARGEST_RESIZED = 64
 _DRAFT_SAVES = 3  # at least: of the time that decoding takes
+_DRAFT_SAVES_PROGRESSIVE = 2  # whose coefficients are all read, several times
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +82,7 @@ class ImageLimits:
     """What is refused before it is decoded.
 
     bytes: of the file. pixels: of the picture. decoded: pixels that decoding costs as much as, which are the picture's,
-    or a third of them where a JPEG is scaled while it is decoded.
+    or a third of them where a JPEG is scaled while it is decoded, half of them if it is progressive.
     """
 
     bytes: int = 20 * 2**20
@@ -120,7 +121,8 @@ def plan_image(data: bytes, spec: PreprocessSpec, limits: ImageLimits = ImageLim
     image = _header(data, limits)
     pixels = image.width * image.height
     draft = _draft(image, spec)
-    cost = pixels if draft is None else pixels // _DRAFT_SAVES
+    saved = _DRAFT_SAVES_PROGRESSIVE if image.info.get("progressive") else _DRAFT_SAVES
+    cost = pixels if draft is None else pixels // saved
     if cost > limits.decoded:
         message = f"the image has {cost:,} pixels to decode; at most {limits.decoded:,} are allowed"
         raise _image_error("image_too_many_pixels", message)

@@ -129,7 +129,7 @@ def serve(
     Names for --limit, with their defaults:
       request_bytes 16777216, answer_bytes 8388608, image_bytes 12582912,
       image_pixels 50000000, decoded_pixels 16777216 (of all images; a third of
-      a JPEG that is scaled while decoded), images 16, labels 1000,
+      a JPEG that is scaled while decoded, half of a progressive one), images 16, labels 1000,
       label_characters 300, templates 100, texts 10000 (labels times templates
       not seen before), tokens 20480 (those times the longest one's; large
       images leave fewer);
