@@ -180,7 +180,7 @@ def ceiling_part(results: Results, effort: Effort, bundles: Mapping[str, Bundle]
                 lane = open_lane(bundle, direct.format, CPU, cores())
                 single, beside, over_http, ratios, added, spent = [], [], [], [], [], []
                 for _ in range(effort.rounds):
-                    best = max(images_a_second(direct, bundle, size, effort.seconds / 3) for size in (1, 8, 32))
+                    best = max(images_a_second(direct.image, bundle, size, effort.seconds / 3) for size in (1, 8, 32))
                     load = Load(
                         target=target,
                         message=messages(target, image, 10),
@@ -199,7 +199,8 @@ def ceiling_part(results: Results, effort: Effort, bundles: Mapping[str, Bundle]
                     single.append(best)
                     if lane is not None:
                         sizes = (1, 8, 32 // LANES)
-                        beside.append(max(lanes_a_second(lane, bundle, size, effort.seconds / 3) for size in sizes))
+                        rates = (images_a_second(lane, bundle, size, effort.seconds / 3, LANES) for size in sizes)
+                        beside.append(max(rates))
                     over_http.append(report.throughput)
                     ratios.append(report.throughput / best)
                     added.append(lone.latency_ms["p50"] - call)
@@ -230,15 +231,24 @@ def engines(bundle: Bundle) -> dict[str, str]:
     return {"fp32": "onnx"} | ({"int8": "onnx-int8"} if "onnx-int8" in bundle.manifest.formats else {})
 
 
-def images_a_second(engine: Engine, bundle: Bundle, size: int, seconds: float) -> float:
-    """By the encoder alone, pixels at hand, batches of one size; after one batch that is not counted."""
+def images_a_second(encode: Encode, bundle: Bundle, size: int, seconds: float, lanes: int = 1) -> float:
+    """By the encoder alone, pixels at hand, batches of one size, in so many lanes beside each other; after one batch in
+    each that is not counted.
+    """
     pixels = torch.rand(size, 3, *bundle.preprocess.size)
-    engine.image(pixels)
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds or not count:
-        engine.image(pixels)
-        count += size
-    return count / (time.perf_counter() - start)
+
+    def one_lane(end: float) -> int:
+        count = 0
+        while time.perf_counter() < end:
+            encode(pixels)
+            count += size
+        return count
+
+    with ThreadPoolExecutor(lanes) as threads:
+        list(threads.map(encode, [pixels] * lanes))
+        start = time.perf_counter()
+        count = sum(threads.map(one_lane, [start + seconds] * lanes))
+        return count / (time.perf_counter() - start)
 
 
 @contextmanager
@@ -283,24 +293,6 @@ def encode_cost(engine: Engine, bundle: Bundle, size: int = 32, times: int = 5) 
     for _ in range(times):
         engine.image(pixels)
     return 1000 * (time.process_time() - begun) / (size * times)
-
-
-def lanes_a_second(lane: Encode, bundle: Bundle, size: int, seconds: float) -> float:
-    """As `images_a_second`, of batches beside each other, as the server encodes them."""
-    pixels = torch.rand(size, 3, *bundle.preprocess.size)
-
-    def one_lane(end: float) -> int:
-        count = 0
-        while time.perf_counter() < end:
-            lane(pixels)
-            count += size
-        return count
-
-    with ThreadPoolExecutor(LANES) as threads:
-        list(threads.map(lane, [pixels] * LANES))  # not counted
-        start = time.perf_counter()
-        count = sum(threads.map(one_lane, [start + seconds] * LANES))
-        return count / (time.perf_counter() - start)
 
 
 def direct_call(engine: Engine, bundle: Bundle, image: bytes, seconds: float) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -18,14 +17,13 @@ PROBING = 19
 
 
 def thread_pool(name: str, workers: int, torch_threads: int, niceness: int = ANSWERING) -> ThreadPoolExecutor:
-    """Threads that each compute with `torch_threads`. niceness: above the process's own; who is nicer leaves the
+    """Threads that each compute with `torch_threads`. niceness: on top of the process's own; who is nicer leaves the
     processor to others (on Linux alone).
     """
-    own = os.getpriority(os.PRIO_PROCESS, 0) if sys.platform == "linux" else 0
 
     def prepare() -> None:
-        if sys.platform == "linux":  # there, priorities are a thread's, and those it starts inherit it
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(19, own + niceness))
+        if sys.platform == "linux":  # there, niceness is a thread's, and those it starts inherit it
+            os.nice(niceness)
         torch.set_num_threads(torch_threads)
 
     return ThreadPoolExecutor(workers, thread_name_prefix=name, initializer=prepare)
