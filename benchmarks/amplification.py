@@ -18,8 +18,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import os
-import platform
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +27,7 @@ import click
 import httpx
 import numpy as np
 from PIL import Image, ImageFile
+from record import RESULTS, machine, summarise
 
 from pmgaft_export.bundle import open_bundle
 from pmgaft_export.shipped import bundle_for
@@ -37,7 +36,6 @@ from pmgaft_serve.protocol import PATH, Limits
 from pmgaft_serve.service import Settings
 from pmgaft_serve.torchserve import ServeOptions, Server, serving
 
-RESULTS = Path(__file__).parent / "results"
 LIMITS = Limits()
 KNOWN = "cat"
 LONG = "x y x y x y x y"
@@ -222,12 +220,9 @@ def main(model: str, quick: bool) -> None:
     click.echo(json.dumps(figures, indent=1))
     if quick:
         return
-    machine = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    content = {"model": model, "machine": machine, "figures": figures, "requests": found}
+    content = {"model": model, "machine": machine(), "figures": figures, "requests": found}
     (RESULTS / "amplification.json").write_text(json.dumps(content, indent=1) + "\n")
-    summary = RESULTS / "summary.json"
-    known = json.loads(summary.read_text()) | figures
-    summary.write_text(json.dumps(dict(sorted(known.items())), indent=2) + "\n")
+    summarise(figures)
 
 
 def show(name: str, cost: dict[str, Any], cheapest: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ Sizes take turns inside every round, so that all feel the same noise; times are 
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import time
 from dataclasses import replace
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import click
 import torch
+from record import machine
 
 from pmgaft.attacks import Budget
 from pmgaft.clip.image import PixelEncoder, fold_batchnorm, freeze, frozen_copy
@@ -104,12 +104,11 @@ def main(data_root: Path, limit: int, rounds: int, output: Path) -> None:
             "pmg_aft_images_per_second": round(statistics.median(rates[size]), 1),
         }
         print(size, sizes[size], flush=True)
-    machine = {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     result = {
         "images_per_set": -(-limit // 32) * 32,
         "rounds": rounds,
         "torch": torch.__version__,
-        "machine": machine,
+        "machine": machine(),
         "sizes": sizes,
     }
     output.write_text(json.dumps(result, indent=2) + "\n")

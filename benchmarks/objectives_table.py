@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-BENCHMARKS = Path(__file__).parent
-RESULTS = BENCHMARKS / "results"
-PAGE = BENCHMARKS.parent / "docs" / "results.md"
+from record import RESULTS, summarise
+
+PAGE = Path(__file__).parent.parent / "docs" / "results.md"
 SETS = ("cifar10", "caltech101", "grocery", "flowers5", "dtd10")
 FIGURES = {
     "clean": "clean",
@@ -44,8 +43,8 @@ def main() -> None:
     text = filled(text, "mini-gpu", averages(gpu["baseline"] + gpu["final"]))
     text = filled(text, "mini-rates", rates(gpu["tune"]))
     PAGE.write_text(text, encoding="utf-8")
-    summarise(grouped(small["final"]) | {"best": mini["shipped"]})
-    print(f"wrote {PAGE} and {RESULTS / 'summary.json'}")
+    summary = summarise(means(grouped(small["final"]) | {"best": mini["shipped"]}), digits=2)
+    print(f"wrote {PAGE} and {summary}")
 
 
 def by_stage(results: Path) -> dict[str, list[Run]]:
@@ -125,16 +124,13 @@ def filled(text: str, name: str, content: str) -> str:
     return before + start + content + "\n" + end + after
 
 
-def summarise(groups: dict[str, list[Run]]) -> None:
-    """Means by objective; `best` is the package's mini-robust."""
-    path = RESULTS / "summary.json"
-    summary = json.loads(path.read_text())
-    for name, group in groups.items():
-        for key, figure in SUMMARY.items():
-            value = mean(run["sets"]["average"][key] for run in group)
-            assert math.isfinite(value)
-            summary[f"results.{name}.{figure}"] = round(value, 2)
-    path.write_text(json.dumps(dict(sorted(summary.items())), indent=2) + "\n")
+def means(groups: dict[str, list[Run]]) -> dict[str, float]:
+    """For summary.json, by objective; `best` is the package's mini-robust."""
+    return {
+        f"results.{name}.{figure}": mean(run["sets"]["average"][key] for run in group)
+        for name, group in groups.items()
+        for key, figure in SUMMARY.items()
+    }
 
 
 if __name__ == "__main__":

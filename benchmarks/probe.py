@@ -16,7 +16,6 @@ and the tables into docs/probe.md; with --quick nothing of this. --table makes t
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import time
 import warnings
@@ -27,6 +26,7 @@ from typing import Any
 
 import click
 import torch
+from record import RESULTS, machine, summarise
 from torch import Tensor, nn
 
 from pmgaft.attacks.autoattack import autoattack
@@ -38,7 +38,6 @@ from pmgaft.evaluation.run import attackable
 from pmgaft.probe import ProbeSettings, nearest_adversarial, probe
 from pmgaft.threat import Norm, ThreatModel
 
-RESULTS = Path(__file__).parent / "results"
 PAGE = Path(__file__).parent.parent / "docs" / "probe.md"
 BEGIN, END = "<!-- measured: begin -->\n", "<!-- measured: end -->"
 MODELS = ("mini", "mini-robust")
@@ -247,9 +246,7 @@ def main(
             file.write_text(json.dumps(result, indent=1) + "\n")
     click.echo(json.dumps(summed_up := figures(result), indent=1))
     if not quick:
-        summary = RESULTS / "summary.json"
-        known = json.loads(summary.read_text()) | {name: round(value, 4) for name, value in summed_up.items()}
-        summary.write_text(json.dumps(dict(sorted(known.items())), indent=2) + "\n")
+        summarise(summed_up)
         write_tables(result)
 
 
@@ -286,10 +283,6 @@ def tables(result: dict[str, Any]) -> str:
             percent = [one["clean"], one["standing"]["probe"], one["standing"]["apgd-ce"]]
             lines.append(f"| {name} | {one['images']} | " + " | ".join(f"{value:.1f} %" for value in percent) + " |")
     return "\n".join(lines) + "\n"
-
-
-def machine() -> dict[str, Any]:
-    return {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
 
 
 def figures(result: dict[str, Any]) -> dict[str, float]:

@@ -17,9 +17,8 @@ results/probe_serving.json and puts the figures into results/summary.json, unles
 from __future__ import annotations
 
 import json
-import os
-import platform
 import statistics
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -30,11 +29,13 @@ from typing import Any
 
 import click
 import torch
+from record import RESULTS, cores, machine, summarise
 from torch import Tensor
 
 from pmgaft.attacks import Budget, cross_entropy_loss, pgd
 from pmgaft.threat import ThreatModel
-from pmgaft_export.bundle import open_bundle
+from pmgaft_export.bundle import load_torchscript, open_bundle
+from pmgaft_export.formats import Encoder, write_torchscript
 from pmgaft_export.shipped import bundle_for
 from pmgaft_serve.bench import Load, Report, Target, drawn, form_message, picture, rotating, run, target_of
 from pmgaft_serve.client import Client, Question
@@ -43,7 +44,6 @@ from pmgaft_serve.probing import ProbePolicy
 from pmgaft_serve.service import Settings
 from pmgaft_serve.torchserve import ServeOptions, serving
 
-RESULTS = Path(__file__).parent / "results"
 LABELS = [f"thing {number}" for number in range(100)]
 EPS = "0.0001/255"
 BATCH = 8
@@ -73,25 +73,6 @@ class Effort:
 
 THOROUGH = Effort(rounds=5, seconds=8.0, warmup=1.0, steps=20, calls=5)
 QUICK = Effort(rounds=1, seconds=1.5, warmup=0.3, steps=2, calls=1)
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-def machine() -> dict[str, Any]:
-    """Where this was measured."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": cores(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "load_average": os.getloadavg(),
-    }
 
 
 def shown(report: Report) -> str:
@@ -214,13 +195,18 @@ def calls(client: Client, effort: Effort) -> dict[str, Any]:
 
 
 def random_vit() -> Callable[[Tensor], Tensor]:
+    """As a bundle holds it for probes."""
     import open_clip
 
     from pmgaft.clip.image import PixelEncoder, freeze
 
     torch.manual_seed(0)
     tower = open_clip.create_model("ViT-B-32", load_weights=False).visual
-    return freeze(PixelEncoder(tower, (0.5,) * 3, (0.5,) * 3, (224, 224)))
+    encoder = freeze(PixelEncoder(tower, (0.5,) * 3, (0.5,) * 3, (224, 224)))
+    with tempfile.TemporaryDirectory(prefix="pmgaft-bench-") as scratch:
+        path = Path(scratch, "image.pt")
+        write_torchscript(Encoder(module=encoder, example=torch.rand(2, 3, 224, 224), dynamic={0: "batch"}), path)
+        return load_torchscript(path)
 
 
 @click.command()
@@ -236,6 +222,8 @@ def main(quick: bool, vit: bool) -> None:
     result["step"] = {"mini": step_over_forward(encode, bundle.preprocess.size, effort)}
     if vit and not quick:
         result["step"]["vit_b32_random"] = step_over_forward(random_vit(), (224, 224), effort)
+    for name, one in result["step"].items():
+        click.echo(f"  {name}: {one['ratio']:.2f}")
     settings = Settings(threads=cores(), decoders=cores(), probe=ProbePolicy(images=True, seconds=120.0))
     with (
         serving(ServeOptions(bundle=bundle.directory, port=0, settings=settings)) as server,
@@ -256,10 +244,7 @@ def main(quick: bool, vit: bool) -> None:
     if quick:
         return
     (RESULTS / "probe_serving.json").write_text(json.dumps(result | {"figures": figures}, indent=1) + "\n")
-    summary = RESULTS / "summary.json"
-    known = json.loads(summary.read_text()) if summary.exists() else {}
-    known |= {name: round(value, 4) for name, value in figures.items()}
-    summary.write_text(json.dumps(dict(sorted(known.items())), indent=2) + "\n")
+    summarise(figures)
 
 
 if __name__ == "__main__":

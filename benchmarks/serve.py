@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import random
 import signal
 import statistics
@@ -30,7 +29,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +37,7 @@ import numpy as np
 import psutil
 import torch
 from PIL import Image
+from record import RESULTS, cores, installed, machine, summarise
 
 from pmgaft.clip.preprocess import open_image, read_pixels, to_pixels
 from pmgaft.clip.text import TextEncoder, label_features
@@ -51,7 +50,6 @@ from pmgaft_serve.service import Settings
 from pmgaft_serve.torchserve import ServeOptions, Server, free_ports, serving
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results"
 GUIDE = HERE.parent / "docs" / "serving.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 CPU = torch.device("cpu")
@@ -61,6 +59,7 @@ JAVA_REQUESTS = 10_000
 FULL_AT = 16  # requests in work
 ALONE = ("decode", "encode")  # what a request cannot do without, measured by itself
 FORMATS = ("torchscript", "onnx", "onnx-int8")
+PACKAGES = ("torch", "onnxruntime-gpu", "torchserve", "open_clip_torch", "pillow", "litserve", "pmgaft")
 
 Figures = dict[str, float]
 
@@ -127,10 +126,6 @@ def export(model: str, target: Path, parity_data: str | None) -> Bundle:
     command += ["--parity-data", parity_data, "--parity-images", "2000"] if parity_data else []
     subprocess.run(command, check=True)
     return open_bundle(target)
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 @contextmanager
@@ -476,7 +471,7 @@ def draft_part(results: Results, bundles: Mapping[str, Bundle]) -> None:
     bundle = bundles["mini"]
     engine = open_engine(bundle, "onnx", CPU, cores())
     text = label_features(TextEncoder(bundle.tokenizer(), engine.text, True).encode, names)
-    same, differences = [], []
+    same, differences, gaps = [], [], [0.0]
     for name in files:
         photograph = Image.open(next(folder.glob(f"{name}.*"))).convert("RGB")
         for width in (600, 1200, 2400, 4000):
@@ -488,11 +483,14 @@ def draft_part(results: Results, bundles: Mapping[str, Bundle]) -> None:
                 content = Path(file.name).read_bytes()
             exact = to_pixels(open_image(content), bundle.preprocess)
             served = read_pixels(content, bundle.preprocess)
-            answers = (engine.image(torch.stack([exact, served])) @ text.T).argmax(dim=1)
+            cosines = engine.image(torch.stack([exact, served])) @ text.T
+            answers = cosines.argmax(dim=1)
             same.append(float(answers[0] == answers[1]))
+            gaps.append(float(cosines[0, answers[0]] - cosines[0, answers[1]]))
             differences.append(255 * float((exact - served).abs().mean()))
     results.figure("draft.top1_agreement", statistics.mean(same))
     results.figure("draft.worst_mean_grey_levels", max(differences))
+    results.figure("draft.changed_answers_cosine_gap", max(gaps))
 
 
 def full_part(results: Results, effort: Effort, bundles: Mapping[str, Bundle]) -> None:
@@ -557,31 +555,6 @@ def shuffled(things: Sequence[Any]) -> list[Any]:
     return random.sample(list(things), len(things))
 
 
-def installed(package: str) -> bool:
-    try:
-        version(package)
-    except PackageNotFoundError:
-        return False
-    return True
-
-
-def machine() -> dict[str, Any]:
-    """Where this was measured."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = sorted({line.partition(":")[2].strip() for line in lines if line.startswith("model name")})
-    packages = ("torch", "onnxruntime-gpu", "torchserve", "open_clip_torch", "pillow", "litserve", "pmgaft")
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": cores(),
-        "memory_gb": round(psutil.virtual_memory().total / 2**30, 1),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages if installed(name)},
-        "load_average": os.getloadavg(),
-    }
-
-
 PARTS = ("ceiling", "labels", "photos", "peers", "cold", "draft", "full", "memory")
 
 
@@ -595,7 +568,7 @@ def main(quick: bool, parts: tuple[str, ...], parity_data: str | None, only_tabl
     if only_table:
         write_tables(json.loads(output.read_text()))
         return
-    effort, results, before = QUICK if quick else FULL, Results(), machine()
+    effort, results, before = QUICK if quick else FULL, Results(), machine(PACKAGES)
     with tempfile.TemporaryDirectory(prefix="pmgaft-bench-") as directory:
         scratch = Path(directory)
         models = {name: random_vit(scratch) if name == "vit_b32" else name for name in effort.models}
@@ -636,10 +609,7 @@ def write(output: Path, results: Results, before: dict[str, Any], effort: Effort
         "reports": kept + results.reports,
     }
     output.write_text(json.dumps(content, indent=1) + "\n")
-    summary = RESULTS / "summary.json"
-    figures = json.loads(summary.read_text()) if summary.exists() else {}
-    figures |= results.figures
-    summary.write_text(json.dumps(dict(sorted(figures.items())), indent=2) + "\n")
+    summarise(results.figures)
     write_tables(content)
     print(f"wrote {output}")
 
@@ -675,6 +645,8 @@ def tables(content: Mapping[str, Any]) -> str:
         "encoder alone, images/s",
         "HTTP at 32, requests/s",
         "share",
+        "two lanes alone, images/s",
+        "share",
         "lone request adds, ms",
     )
     parts.append(markdown(heads, rows))
@@ -685,7 +657,7 @@ def tables(content: Mapping[str, Any]) -> str:
     parts.append(markdown(heads, rows))
     for part, keys in {"labels": ("model", "labels"), "photos": ("model", "jpeg"), "peers": ("server",)}.items():
         reports = [report for report in content["reports"] if report["part"] == part]
-        groups = dict.fromkeys(tuple(report[key] for key in (*keys, "concurrency")) for report in reports)
+        groups = sorted({tuple(report[key] for key in (*keys, "concurrency")) for report in reports})
         rows = []
         for group in groups:
             mine = [one for one in reports if tuple(one[key] for key in (*keys, "concurrency")) == group]

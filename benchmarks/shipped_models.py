@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import mean
 
 import click
+from record import RESULTS, summarise
 
-RESULTS = Path(__file__).parent / "results"
 MODELS = ("mini", "mini-robust")
 ZERO_SHOT = ("cifar10", "caltech101", "grocery", "flowers5", "dtd10")
 SETS = (*(f"zeroshot/{name}" for name in ZERO_SHOT), "tiny_imagenet")
@@ -55,10 +55,7 @@ def figures() -> dict[str, float]:
 def main(data_root: Path, limit: int | None) -> None:
     for model in MODELS:
         evaluate(model, data_root, limit)
-    file = RESULTS / "summary.json"
-    known = json.loads(file.read_text()) if file.exists() else {}
-    known |= {name: round(value, 2) for name, value in figures().items()}
-    file.write_text(json.dumps(dict(sorted(known.items())), indent=2) + "\n")
+    summarise(figures(), digits=2)
 
 
 if __name__ == "__main__":

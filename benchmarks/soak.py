@@ -17,7 +17,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import platform
 import random
 import signal
 import socket
@@ -28,13 +27,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import click
 import httpx
 import psutil
+from record import RESULTS, machine, summarise
 
 from pmgaft_export.bundle import open_bundle
 from pmgaft_export.shipped import bundle_for
@@ -45,7 +44,6 @@ from pmgaft_serve.sampling import SamplePolicy
 from pmgaft_serve.service import Settings
 from pmgaft_serve.torchserve import ServeOptions, Server, serving
 
-RESULTS = Path(__file__).parent / "results"
 CLIENTS = 6
 TENTHS = 10
 REPLACED_SECONDS = 60.0
@@ -227,7 +225,7 @@ def main(minutes: float, model: str, quick: bool) -> None:
     content = {
         "model": model,
         "seconds": seconds,
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "machine": machine(),
         "figures": figures,
         "statuses": {str(status): count for status, count in sorted(seen.statuses.items())},
         "kills": len(seen.killed),
@@ -242,9 +240,7 @@ def main(minutes: float, model: str, quick: bool) -> None:
     if quick:
         return
     (RESULTS / "soak.json").write_text(json.dumps(content, indent=1) + "\n")
-    summary = RESULTS / "summary.json"
-    known = json.loads(summary.read_text()) | figures
-    summary.write_text(json.dumps(dict(sorted(known.items())), indent=2) + "\n")
+    summarise(figures)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ plain  What the released code does, written anew from its description: the promp
        text tower runs inside every attack step, the attack's backward reaches every parameter, the guide keeps a graph,
        nothing is detached, adversarial and clean images are encoded apart.
 ours   `pmgaft.training.step.accumulate_gradients`, the gradient's norm, and the same optimiser, as `pmgaft train` does.
-eager  ours on the tower as it is loaded: BatchNorm apart, channels first, not compiled.
+eager  ours on the tower as it is loaded: BatchNorm apart, no products, channels first, not compiled.
 floor  5 F + 6 I: two attack steps 2 (F + I), the student's forward and backward over adversarial and clean images
        2 (F + 2 I), the guide's forward F; F is a measured forward, I a measured input gradient, and a parameter
        gradient is taken to cost an input gradient. Measured on the tower as it is loaded, each part in its precision.
@@ -22,8 +22,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -38,6 +36,7 @@ from typing import Any
 import click
 import open_clip
 import torch
+from record import RESULTS, machine, summarise
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -45,13 +44,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from pmgaft.attacks import Budget
 from pmgaft.clip.image import PixelEncoder, fold_batchnorm, freeze, frozen_copy
 from pmgaft.clip.loading import load_clip, quietly
+from pmgaft.clip.products import as_products
 from pmgaft.device import float32_products
 from pmgaft.evaluation.run import nothing_in_place
 from pmgaft.objectives import PmgAft
 from pmgaft.threat import ThreatModel
 from pmgaft.training.step import Learner, accumulate_gradients, frozen_view
 
-RESULTS = Path(__file__).parent / "results"
 EPS = 1 / 255
 STEPS = 2
 FORWARDS = 2 * STEPS + 2 * 3 + 1
@@ -165,11 +164,13 @@ def plain(model: Model, settings: Settings) -> Step:
 def ours(
     model: Model, settings: Settings, *, prepared: bool = True, tf32: bool = False, bf16_attack: bool = False
 ) -> Step:
-    """The step of `pmgaft train`. prepared: folded and channels last, and compiled if the settings say so. tf32: what
-    the attack multiplies in float32."""
+    """The step of `pmgaft train`. prepared: folded, as products and channels last, and compiled if the settings say so.
+    tf32: what the attack multiplies in float32."""
     prepare = fold_batchnorm if prepared else copy.deepcopy
     layout = torch.channels_last if prepared else torch.contiguous_format
     student = nothing_in_place(prepare(model.encoder).eval().requires_grad_(True).to(memory_format=layout))
+    if prepared:
+        as_products(student)
     guide = freeze(frozen_copy(student))
     attacked = freeze(frozen_view(student))
     if settings.compiled and prepared:
@@ -384,31 +385,12 @@ def figures(name: str, found: dict[str, Any], peak: float) -> dict[str, float]:
 
 def summarize() -> None:
     """Take the figures of both results, as far as they are there, into summary.json."""
-    file = RESULTS / "summary.json"
-    known = json.loads(file.read_text()) if file.exists() else {}
+    known: dict[str, float] = {}
     for source, front in (("train_step.json", "train."), ("train_step_cuda.json", "train.gpu_")):
         if (RESULTS / source).is_file():
             found = json.loads((RESULTS / source).read_text())["figures"]
             known |= {front + name: value for name, value in found.items()}
-    file.write_text(json.dumps(dict(sorted(known.items())), indent=2) + "\n")
-
-
-def machine(settings: Settings) -> dict[str, Any]:
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line.partition(": ")[2] for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0] if names else cpu
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpu": torch.cuda.get_device_name() if settings.device == "cuda" else None,
-        "torch": torch.__version__,
-        "open_clip": open_clip.__version__,
-        "python": platform.python_version(),
-    }
+    summarise(known)
 
 
 @click.command()
@@ -460,7 +442,7 @@ def main(
     peak = matrix_peak(settings, 8192 if gpu else 256 if quick else 4096)
     result: dict[str, Any] = {
         "settings": asdict(settings),
-        "machine": machine(settings),
+        "machine": machine(("torch", "open_clip_torch")),
         "matrix_peak_tera_operations_a_second": peak / 1e12,
         "figures": {},
         "models": {},

@@ -10,11 +10,12 @@ import open_clip
 import pytest
 import tokenizers
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from open_clip.tokenizer import SimpleTokenizer, _clean_canonicalize, _clean_lower, _clean_whitespace
 from torch import Tensor
 
+from pmgaft.clip import text as text_module
 from pmgaft.clip.ensembles import ensembles, named_templates
 from pmgaft.clip.loading import Clip
 from pmgaft.clip.open_clip_text import TextTower, convert_tokenizer
@@ -300,6 +301,29 @@ def test_each_wrong_list_of_labels_has_its_own_code(labels: object, code: str) -
         check_labels(labels, most=10, longest=100)
     assert (caught.value.code, caught.value.field) == (code, "labels")
     assert len(caught.value.message) < 150
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.text("aA &;\u0130\t", max_size=5), min_size=1, max_size=4))
+@example(["a a", "a  a"])
+@example(["a", " a"])
+@example(["a", "a "])
+@example(["lt&lt", "lt<"])
+@example(["e\u0301", "\u00e9"])
+@example(["a", "A"])
+@example(["a" * 6])
+def test_a_long_lists_quick_look_lets_nothing_pass_that_the_slow_one_refuses(labels: list[str]) -> None:
+    def outcome() -> str:
+        try:
+            check_labels(labels, most=10, longest=5)
+        except LabelsError as error:
+            return error.code
+        return "ok"
+
+    quick = outcome()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text_module, "_plainly_good", lambda labels, longest: False)
+        assert outcome() == quick
 
 
 def test_the_offending_label_is_named_with_its_position() -> None:

@@ -186,6 +186,21 @@ def test_unlike_requests_at_once_each_get_their_own_answer(running: Running) -> 
     assert running.total("pmgaft_batch_images_count") - before <= 24
 
 
+def test_few_new_labels_pass_the_thousands_of_others(running: Running) -> None:
+    """Eight clients ask for 3,000 new texts each; who comes after them with two is answered before any of them."""
+    templates = ["a {}", "the {}", "one {}"]
+
+    def thousands(client: int) -> httpx.Response:
+        return running.ask(labels=[f"{client} {number}" for number in range(1000)], templates=templates, top_k=1)
+
+    with ThreadPoolExecutor(8) as threads:
+        lists = [threads.submit(thousands, client) for client in range(8)]
+        wait_for(lambda: running.total("pmgaft_in_flight_requests") == 8)
+        assert running.ask(labels=["few", "new"]).status_code == 200
+        assert not any(one.done() for one in lists)
+        assert {one.result().status_code for one in lists} == {200}
+
+
 def test_plain_requests_pass_probes_and_a_killed_worker_is_replaced(running: Running) -> None:
     """One scene, because a new worker takes a while: three long probes, and then the worker is killed under them."""
     long = {"eps": "1e-9", "steps": 200, "restarts": 10}

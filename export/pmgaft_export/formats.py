@@ -20,6 +20,7 @@ from torch.jit._trace import TracerWarning
 
 from pmgaft.clip.image import PixelEncoder
 from pmgaft.clip.loading import quietly
+from pmgaft.clip.products import as_products
 from pmgaft.errors import PmgaftError, first_line
 
 from .bundle import Precision, quiet_torchscript
@@ -71,7 +72,8 @@ class Format:
 
 
 def write_torchscript(encoder: Encoder, path: Path) -> None:
-    """Trace to TorchScript: the result has a derivative with respect to its input, and none to its parameters.
+    """Trace to TorchScript, as products: the result has a derivative with respect to its input, and none to its
+    parameters.
 
     torch's fused attention for inference has no derivative, and tracing would choose it for good: it is off meanwhile.
     """
@@ -81,7 +83,8 @@ def write_torchscript(encoder: Encoder, path: Path) -> None:
         with quiet_torchscript(), torch.no_grad():
             # It warns of sizes that might have become constants: whether they have, other batch sizes show.
             warnings.simplefilter("ignore", TracerWarning)
-            traced = torch.jit.trace(encoder.module, encoder.example, check_trace=False)  # type: ignore[no-untyped-call]
+            module = as_products(copy.deepcopy(encoder.module))
+            traced = torch.jit.trace(module, encoder.example, check_trace=False)  # type: ignore[no-untyped-call]
             torch.jit.save(traced, path)
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)

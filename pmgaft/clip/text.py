@@ -10,7 +10,7 @@ import json
 import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Literal, Self, cast, get_args
 
 import ftfy
 import tokenizers
@@ -205,13 +205,19 @@ def check_labels(labels: object, *, most: int, longest: int) -> None:
 
 
 def _plainly_good(labels: Sequence[object], longest: int) -> bool:
-    """Whether a list is beyond doubt: strings of plain characters, not too long, different. Quick, for long lists."""
-    texts = [label for label in labels if isinstance(label, str)]
-    together = "".join(texts)
-    if len(texts) < len(labels) or not (together.isascii() and together.isprintable() and "&" not in together):
+    """Whether a list is beyond doubt: strings of plain characters and single spaces, not too long, different.
+
+    Quick, for long lists: it looks at all of them as one text, with a mark between them that no plain label holds.
+    """
+    if set(map(type, labels)) != {str}:
         return False
-    cleaned = {" ".join(text.split()).lower() for text in texts}
-    return len(cleaned) == len(texts) and "" not in cleaned and max(map(len, texts)) <= longest
+    texts = cast(Sequence[str], labels)
+    together = f"&{'&'.join(texts)}&"
+    if not (together.isascii() and together.isprintable()) or together.count("&") != len(texts) + 1:
+        return False
+    if any(doubt in together for doubt in ("&&", "& ", " &", "  ")):
+        return False
+    return len(set(together.lower().split("&")[1:-1])) == len(texts) and max(map(len, texts)) <= longest
 
 
 def _labels_error(code: str, message: str) -> LabelsError:

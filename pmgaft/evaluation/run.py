@@ -18,6 +18,7 @@ from torch import Tensor
 from pmgaft.attacks.autoattack import autoattack
 from pmgaft.attacks.menu import ATTACKS
 from pmgaft.clip.image import PixelEncoder, few_sizes, fold_batchnorm, freeze
+from pmgaft.clip.products import as_products
 from pmgaft.evaluation.protocol import AUTOATTACK, NamedAttack, Protocol
 from pmgaft.threat import ThreatModel
 
@@ -139,10 +140,10 @@ def attack_surface(
 
 
 def attackable(encoder: PixelEncoder) -> PixelEncoder:
-    """A frozen copy that computes the same and is quick to differentiate: folded, nothing in place; channels last, or
-    on a GPU in few batch sizes, since rows leave an attack as they break.
+    """A frozen copy that computes the same and is quick to differentiate: folded, as products, nothing in place;
+    channels last, or on a GPU in few batch sizes, since rows leave an attack as they break.
     """
-    quick = nothing_in_place(freeze(fold_batchnorm(encoder)))
+    quick = as_products(nothing_in_place(freeze(fold_batchnorm(encoder))))
     return few_sizes(quick) if encoder.mean.is_cuda else quick.to(memory_format=torch.channels_last)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pmgaft.clip.image import PixelEncoder, fold_batchnorm, freeze, frozen_copy
 from pmgaft.clip.loading import Clip, load_clip
 from pmgaft.clip.preprocess import PreprocessSpec
+from pmgaft.clip.products import as_products
 from pmgaft.clip.text import label_features
 from pmgaft.data import ImageSet, open_dataset
 from pmgaft.data.subset import Subset
@@ -128,8 +129,8 @@ def _learner(
     sharded = ranks.world > 1 and recipe.sharding == "full"
     # FSDP splits contiguous tensors only.
     layout = torch.channels_last if recipe.channels_last and not sharded else torch.contiguous_format
-    student = nothing_in_place(prepare(clip.image).eval().requires_grad_(True).to(memory_format=layout))
-    guiding = freeze(prepare(guide.image)).to(memory_format=layout)
+    student = as_products(nothing_in_place(prepare(clip.image).eval().requires_grad_(True))).to(memory_format=layout)
+    guiding = freeze(as_products(prepare(guide.image))).to(memory_format=layout)
     # A compiled tower would be compiled anew for each number of images that judging comes down to.
     plain = frozen_copy(student) if sharded or recipe.compile or recipe.ema is not None else None
     attacked = student if sharded else freeze(frozen_view(student))

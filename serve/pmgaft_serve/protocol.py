@@ -479,8 +479,10 @@ def _label_set(text: str, sets: LabelSets) -> LabelSet:
 
 
 def _check_text(name: str, texts: Sequence[str]) -> None:
+    if all(map(str.isascii, texts)):
+        return
     for text in texts:
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        if any("\ud800" <= character <= "\udfff" for character in text):
             raise InputError(f"{name} contain half a surrogate pair", field=name, code="text_invalid")
 
 
