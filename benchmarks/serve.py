@@ -579,6 +579,8 @@ def main(quick: bool, parts: tuple[str, ...], parity_data: str | None, only_tabl
         for name, bundle in bundles.items():
             for form, entry in bundle.manifest.formats.items():
                 results.tables.setdefault("parity", {})[f"{name} {form}"] = entry.parity.model_dump()
+                if form == "onnx-int8":
+                    results.figure(f"serve.lowest_cosine.{name}_int8", entry.parity.cosine)
         measure: dict[str, Callable[[], None]] = {
             "ceiling": lambda: ceiling_part(results, effort, bundles),
             "labels": lambda: labels_part(results, effort, bundles),
