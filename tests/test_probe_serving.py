@@ -287,6 +287,20 @@ def test_parts_for_which_no_time_is_left_are_named(bench: Bench) -> None:
     assert any("no time" in line for line in details(ProbeAnswer.model_validate(found)))
 
 
+def test_wordings_stop_when_their_time_is_over(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = bench.service._prober._texts
+    real = texts.features
+
+    async def slowly(*arguments: Any) -> Tensor:
+        await asyncio.sleep(0.2)
+        return await real(*arguments)
+
+    monkeypatch.setattr(texts, "features", slowly)
+    found = probed(bench, eps="4/255", seconds=0.5, steps=1, wording=["a {}", "the {}", "one {}", "some {}", "my {}"])
+    assert found["unfinished"] == ["wording"]
+    assert "wording" not in found
+
+
 def test_what_fools_one_engine_and_not_the_served_one_is_said(bench: Bench) -> None:
     clean = bench.encoder(torch.tensor([120, 118, 30]).view(1, 3, 1, 1) / 255)
     object.__setattr__(bench.service.model, "image", lambda pixels: clean.expand(len(pixels), -1))
