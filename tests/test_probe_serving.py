@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import hashlib
+import io
 import json
 import random
 import threading
@@ -17,6 +18,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from colour_service import BLUE, GREEN, POISON, RED, Bench, ask, code, colour_png, content, run, until
+from PIL import Image
 from torch import Tensor
 
 from pmgaft.cli import main
@@ -24,6 +26,7 @@ from pmgaft.errors import PmgaftError
 from pmgaft.probe import ProbeReport, ProbeSettings
 from pmgaft.threat import ThreatModel
 from pmgaft_serve import client as client_module
+from pmgaft_serve import probing
 from pmgaft_serve.display import details
 from pmgaft_serve.metrics import SERIES
 from pmgaft_serve.probe_answer import Parts, Png, probe_answer
@@ -85,6 +88,8 @@ def test_a_probe_that_breaks_the_answer_says_so_with_its_threat_model(bench: Ben
     assert "probe" in answer["timing_ms"]
     assert bench.counted("pmgaft_probes_total", verdict="broken", eps="4/255") == 1
     assert bench.counted("pmgaft_probe_gradients_total") == probe["gradients"] > 0
+    assert bench.counted("pmgaft_probe_seconds_count", verdict="broken") == 1
+    assert bench.counted("pmgaft_probe_min_eps_count") == 0  # it was not asked for
 
 
 def test_a_probe_that_finds_nothing_claims_no_more_than_that(bench: Bench) -> None:
@@ -105,6 +110,8 @@ def test_a_probe_searches_the_smallest_eps_and_heeds_target_and_norm(bench: Benc
     assert probe["min_eps"]["label"] == "green"
     assert 0 < probe["min_eps"]["eps_value"] <= 4 / 255
     assert probe["gradients"] > probe["min_eps"]["gradients"]
+    assert bench.counted("pmgaft_probe_min_eps_count", norm="linf") == 1
+    assert bench.counted("pmgaft_probe_min_eps_sum", norm="linf") == pytest.approx(probe["min_eps"]["eps_value"])
     away = content(ask(bench, nearly_green, "red,green,blue", probe='{"eps": "4/255", "target": "blue"}'))["probe"]
     assert away["verdict"] == "not_broken"
     wide = content(ask(bench, nearly_green, "red,green", probe=json.dumps({"eps": 2, "norm": "l2"})))["probe"]
@@ -318,6 +325,16 @@ def test_a_returned_image_still_changes_the_answer_when_it_is_sent_back(make: Ca
     picture = base64.b64decode(found["image"]["png_base64"])
     assert content(ask(bench, picture, "red,green"))["predictions"][0]["label"] == found["image"]["label"] == "green"
     assert "image" not in probed(bench, RED, eps="1/255", return_image=True)  # nothing was found
+
+
+def test_what_is_asked_about_is_the_returned_file_and_not_the_pixels_it_was_made_from(
+    make: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    harmless = Image.open(io.BytesIO(NEARLY_GREEN))
+    monkeypatch.setattr(probing, "picture_of", lambda pixels: harmless)
+    found = probed(make(probe=ProbePolicy(images=True)), eps="4/255", return_image=True)
+    assert found["verdict"] == "broken"
+    assert (found["image"]["flips"], found["image"]["label"]) == (False, "red")
 
 
 def test_an_image_that_rounding_made_harmless_says_so() -> None:
