@@ -5,7 +5,9 @@ import base64
 import hashlib
 import io
 import json
+import os
 import random
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -36,6 +38,7 @@ from pmgaft_serve.probing import PATIENCE, REFUSALS, Pause, ProbePolicy, Rate
 from pmgaft_serve.protocol import Limits, Prediction, openapi
 from pmgaft_serve.sampling import SamplePolicy
 from pmgaft_serve.service import Incoming, Reply
+from pmgaft_serve.threads import ANSWERING, PROBING
 
 NEARLY_GREEN = colour_png((120, 118, 30))
 
@@ -529,6 +532,15 @@ def test_a_plain_request_holds_steps_up_and_a_probe_does_not_hold_up_itself(benc
     run(scene())
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread's own niceness is Linux'")
+def test_attacks_leave_the_processor_to_answers(bench: Bench) -> None:
+    def niceness() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    answering = bench.service._decoders.submit(niceness).result()
+    assert bench.service._prober._thread.submit(niceness).result() == min(19, answering - ANSWERING + PROBING)
+
+
 def test_probes_that_wait_are_one_batch_and_each_gets_what_it_would_get_alone(bench: Bench) -> None:
     questions: list[dict[str, Any]] = [
         {"image": NEARLY_GREEN, "labels": "red,green", "probe": {"eps": "4/255", "steps": 5, "min_eps": True}},
@@ -651,9 +663,11 @@ def test_the_share_that_is_drawn_is_the_generators(make: Callable[..., Bench]) -
     async def scene() -> None:
         for _ in range(20):
             await bench.ask(RED, "red,green")
-        await until(lambda: samples(bench, "probed") == expected)
+        sampler = bench.service._sampler
+        await until(lambda: sampler._runner is None and not sampler._queue)
 
     run(scene())
+    assert samples(bench, "probed") == expected
     assert samples(bench, "dropped") == 0
 
 
