@@ -417,6 +417,7 @@ def test_a_switched_off_probe_is_refused_and_plain_requests_are_not(make: Callab
     assert (reply.status, code(reply)) == (403, "probe_disabled")
     assert ask(bench).status == 200
     assert bench.counted("pmgaft_rejected_total", reason="probe_disabled") == 1
+    assert code(ask(bench, b"no image", probe="1/255")) == "probe_disabled"  # nothing was decoded for it
 
 
 @pytest.mark.parametrize(
