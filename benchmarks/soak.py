@@ -45,6 +45,7 @@ from pmgaft_serve.service import Settings
 from pmgaft_serve.torchserve import ServeOptions, Server, serving
 
 CLIENTS = 6
+CACHE_BYTES = 32 * 2**20  # of label features: full within the first tenth, so that what grows later is not the cache
 TENTHS = 10
 REPLACED_SECONDS = 60.0
 """After a kill: how long a worker may take to be there again."""
@@ -197,7 +198,7 @@ def main(minutes: float, model: str, quick: bool) -> None:
     """Run, print, write JSON."""
     seconds = 90.0 if quick else 60 * minutes
     bundle = open_bundle(bundle_for(model))
-    settings = Settings(sample=SamplePolicy(rate=0.01))
+    settings = Settings(sample=SamplePolicy(rate=0.01), cache_bytes=CACHE_BYTES)
     seen, stop, samples = Seen(), threading.Event(), list[Sample]()
     options = ServeOptions(bundle=bundle.directory, port=0, workers=2, sets=(PETS,), settings=settings)
     with serving(options) as server:
