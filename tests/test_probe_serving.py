@@ -732,6 +732,23 @@ def test_a_sample_that_does_not_fool_the_served_engine_is_not_counted_as_broken(
     assert bench.counted("pmgaft_sampled_probes_total", verdict="inconclusive", eps="4/255") == 1
 
 
+def test_a_sample_that_the_served_engine_answers_otherwise_from_the_start_says_nothing(
+    make: Callable[..., Bench],
+) -> None:
+    bench = sampling(make)
+    encoder = bench.encoder
+    object.__setattr__(bench.service.model, "image", lambda pixels: encoder(pixels[:, [1, 0, 2]]))  # red is green
+
+    async def scene() -> None:
+        await bench.ask(NEARLY_GREEN, "red,green")
+        await until(lambda: samples(bench, "probed") == 1)
+
+    run(scene())
+    assert bench.counted("pmgaft_sampled_probes_total", verdict="broken") == 0
+    assert bench.counted("pmgaft_sampled_probes_total", verdict="inconclusive", eps="4/255") == 1
+    assert bench.counted("pmgaft_sampled_min_eps_count") == 0
+
+
 # the commands
 
 
