@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from record import installed
 from torch import Tensor
 
 from pmgaft.attacks import Budget, apgd, cross_entropy_loss, dlr_loss, misclassified, pgd
@@ -331,13 +332,6 @@ def carry_out(job: Job, setting: Setting) -> str:
     figures = result["sets"]["average"] if "sets" in result else result["held_out"]
     shown = ", ".join(f"{key} {value:.1f}" for key, value in figures.items())
     return f"{job.file.removesuffix('.json'):44} {shown}  ({trained - begun:.0f} + {time.monotonic() - trained:.0f} s)"
-
-
-def installed(name: str) -> bool:
-    try:
-        return bool(version(name))
-    except Exception:
-        return False
 
 
 def recipe_of(job: Job, setting: Setting) -> Recipe:

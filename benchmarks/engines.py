@@ -18,7 +18,6 @@ MODEL.FORMAT.cosine, and ceiling.MODEL (the best float32 format at its best batc
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import statistics
@@ -33,6 +32,7 @@ from pathlib import Path
 import click
 import open_clip
 import torch
+from record import RESULTS, cores
 from torch import Tensor
 
 from pmgaft.clip.image import PixelEncoder, fold_batchnorm, freeze
@@ -45,7 +45,6 @@ from pmgaft_export.formats import FORMATS, Encoder, Tools
 from pmgaft_export.runtime import Encode, machine, open_encoder
 from pmgaft_export.sample import comparison_sample, photographs, sample_pixels
 
-RESULTS = Path(__file__).parent / "results"
 MODELS = {"cpu": ("mini", "vit_b32"), "cuda": ("vit_b32", "vit_l14")}
 NAMES = {"vit_b32": "ViT-B-32-quickgelu", "vit_l14": "ViT-L-14-quickgelu"}
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -223,8 +222,7 @@ def main(
     """Measure, print tables, write JSON."""
     picked = pick_device(device)
     kind = picked.type
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = threads or cores
+    threads = threads or cores()
     torch.set_num_threads(threads)
     formats = WRITTEN[kind] + ((COMPILED,) if compiled and kind == "cuda" else ())
     effort = Effort(rounds=rounds, seconds=0.5 if kind == "cpu" else 0.1, batches=BATCHES[kind])
@@ -244,7 +242,7 @@ def main(
     place = output or RESULTS / f"engines-{kind}.json"
     content = {
         "figures": {key: round(value, 5) for key, value in figures.items()},
-        "machine": {"name": machine(picked), "threads": threads, "cores": cores, "python": platform.python_version()},
+        "machine": {"name": machine(picked), "threads": threads, "cores": cores(), "python": platform.python_version()},
         "versions": versions(),
     }
     place.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

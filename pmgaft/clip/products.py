@@ -20,7 +20,7 @@ SMALLEST_PATCH = 8
 class PatchProduct(nn.Conv2d):
     """A convolution whose kernels touch each other and do not overlap, as one product of all patches with all kernels.
 
-    The same parameters and the same function up to float rounding; on a CPU its derivative takes a tenth of the time.
+    The same parameters and the same function up to float rounding; on a CPU far quicker to differentiate.
     """
 
     @classmethod
@@ -52,7 +52,7 @@ def as_products(module: Module) -> Module:
     """The same module, changed in place: its parameters keep their names, its function is the same up to rounding.
 
     Patches are cut by a product (`PatchProduct`), and open_clip's transformers run with the sequence first: attention
-    reads its input so, and on a CPU a product with what lies in memory in another order takes twice the time.
+    reads its input so, and on a CPU torch multiplies more slowly what lies in memory in another order.
     """
     for name, part in list(module.named_modules()):
         if type(part) is nn.Conv2d and _cuts_patches(part):
