@@ -718,11 +718,7 @@ def poison() -> Tensor:
     return torch.tensor(POISON).view(1, 3, 1, 1) / 255
 
 
-def test_a_sample_that_does_not_fool_the_served_engine_is_not_counted_as_broken(make: Callable[..., Bench]) -> None:
-    bench = sampling(make)
-    clean = bench.encoder(torch.tensor([120, 118, 30]).view(1, 3, 1, 1) / 255)
-    object.__setattr__(bench.service.model, "image", lambda pixels: clean.expand(len(pixels), -1))
-
+def check_nothing_is_claimed_of_a_sample(bench: Bench) -> None:
     async def scene() -> None:
         await bench.ask(NEARLY_GREEN, "red,green")
         await until(lambda: samples(bench, "probed") == 1)
@@ -730,6 +726,13 @@ def test_a_sample_that_does_not_fool_the_served_engine_is_not_counted_as_broken(
     run(scene())
     assert bench.counted("pmgaft_sampled_probes_total", verdict="broken") == 0
     assert bench.counted("pmgaft_sampled_probes_total", verdict="inconclusive", eps="4/255") == 1
+
+
+def test_a_sample_that_does_not_fool_the_served_engine_is_not_counted_as_broken(make: Callable[..., Bench]) -> None:
+    bench = sampling(make)
+    clean = bench.encoder(torch.tensor([120, 118, 30]).view(1, 3, 1, 1) / 255)
+    object.__setattr__(bench.service.model, "image", lambda pixels: clean.expand(len(pixels), -1))
+    check_nothing_is_claimed_of_a_sample(bench)
 
 
 def test_a_sample_that_the_served_engine_answers_otherwise_from_the_start_says_nothing(
@@ -738,14 +741,7 @@ def test_a_sample_that_the_served_engine_answers_otherwise_from_the_start_says_n
     bench = sampling(make)
     encoder = bench.encoder
     object.__setattr__(bench.service.model, "image", lambda pixels: encoder(pixels[:, [1, 0, 2]]))  # red is green
-
-    async def scene() -> None:
-        await bench.ask(NEARLY_GREEN, "red,green")
-        await until(lambda: samples(bench, "probed") == 1)
-
-    run(scene())
-    assert bench.counted("pmgaft_sampled_probes_total", verdict="broken") == 0
-    assert bench.counted("pmgaft_sampled_probes_total", verdict="inconclusive", eps="4/255") == 1
+    check_nothing_is_claimed_of_a_sample(bench)
     assert bench.counted("pmgaft_sampled_min_eps_count") == 0
 
 
