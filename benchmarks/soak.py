@@ -9,7 +9,7 @@ turn: a worker is killed, a worker is stopped for five seconds, a hundred connec
 Writes results/soak.json, and into results/summary.json:
 ops.soak_lost              requests that got no answer, but for those in flight when a worker was killed
 ops.soak_unexpected_5xx    5xx outside the time in which a killed worker is replaced
-ops.soak_memory_growth_mb  resident size of TorchServe and both workers, last tenth less second tenth, medians
+ops.soak_memory_growth_mb  resident size of TorchServe and both workers, last tenth less second tenth: sums of medians
 """
 
 from __future__ import annotations
@@ -178,16 +178,15 @@ def look(server: Server, began: float) -> Sample:
     return Sample(seconds=time.monotonic() - began, resident=resident, files=files, metric_files=metric_files)
 
 
-def growth(samples: list[Sample], seconds: float) -> float:
-    """Megabytes: median of the last tenth less that of the second, of samples with all processes."""
+def by_tenth(samples: list[Sample], seconds: float) -> list[dict[str, float]]:
+    """Of each tenth of the time: each process's median resident size in megabytes, of samples with all processes."""
     whole = max(len(sample.resident) for sample in samples)
-
-    def median(tenth: int) -> float:
+    tenths = list[dict[str, float]]()
+    for tenth in range(TENTHS):
         first, last = tenth * seconds / TENTHS, (tenth + 1) * seconds / TENTHS
-        chosen = [s for s in samples if first <= s.seconds < last and len(s.resident) == whole]
-        return statistics.median(sum(sample.resident.values()) for sample in chosen)
-
-    return (median(TENTHS - 1) - median(1)) / 2**20
+        sizes = [s.resident for s in samples if first <= s.seconds < last and len(s.resident) == whole]
+        tenths.append({name: round(statistics.median(s[name] for s in sizes) / 2**20, 1) for name in sizes[0]})
+    return tenths
 
 
 @click.command()
@@ -218,10 +217,11 @@ def main(minutes: float, model: str, quick: bool) -> None:
         for client in clients:
             client.join()
         last = look(server, began)
+    resident = by_tenth(samples, seconds)
     figures = {
         "ops.soak_lost": len(seen.lost),
         "ops.soak_unexpected_5xx": len(seen.unexpected),
-        "ops.soak_memory_growth_mb": round(growth(samples, seconds), 1),
+        "ops.soak_memory_growth_mb": round(sum(resident[-1].values()) - sum(resident[1].values()), 1),
     }
     content = {
         "model": model,
@@ -235,7 +235,7 @@ def main(minutes: float, model: str, quick: bool) -> None:
         "unexpected": seen.unexpected[:100],
         "open_files": {"second_tenth": samples[len(samples) // TENTHS].files, "end": last.files},
         "metric_files": {"second_tenth": samples[len(samples) // TENTHS].metric_files, "end": last.metric_files},
-        "resident_mb": {name: round(size / 2**20, 1) for name, size in last.resident.items()},
+        "resident_mb_by_tenth": resident,
     }
     click.echo(json.dumps(content, indent=1))
     if quick:
