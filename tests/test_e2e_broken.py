@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -74,6 +75,27 @@ def test_a_length_that_never_comes_holds_nothing_but_its_connection(running: Run
             client.recv(1)
         assert running.total("pmgaft_in_flight_requests") == 0
         assert answers(running)
+
+
+def test_a_request_that_is_not_whole_in_time_is_given_up_and_no_other(served_bundle: Path) -> None:
+    options = ServeOptions(bundle=served_bundle, port=0, start_seconds=400, receive_seconds=2)
+    with serving(options) as server, ExitStack() as stack:
+        stopped, trickling, idle = (stack.enter_context(connect(server)) for _ in range(3))
+        whole = message(server)
+        idle.sendall(whole)
+        assert idle.recv(1000).startswith(b"HTTP/1.1 200")
+        stopped.sendall(whole[:-10])
+        trickling.sendall(whole[:-40])
+        with suppress(ConnectionError):  # when it is given up
+            for _ in range(30):
+                time.sleep(0.1)
+                trickling.sendall(b"a")
+        for given_up in (stopped, trickling):
+            answer = given_up.recv(1000)
+            assert answer.startswith(b"HTTP/1.1 408 ")
+            assert b"not whole within 2 seconds" in answer
+        idle.sendall(whole)  # longer than that after its last request
+        assert idle.recv(1000).startswith(b"HTTP/1.1 200")
 
 
 def test_chunks_without_end_are_cut_off_at_the_servers_limit(running: Running) -> None:

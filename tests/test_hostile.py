@@ -34,7 +34,8 @@ HOSTILE = Path(__file__).parent / "hostile"
 BUNDLES = runpy.run_path(str(HOSTILE / "bundles.py"))
 IMAGES = runpy.run_path(str(HOSTILE / "images.py"))["CASES"]
 REQUESTS = runpy.run_path(str(HOSTILE / "requests.py"))["CASES"]
-WIRE = runpy.run_path(str(HOSTILE / "wire.py"))["CASES"]
+_WIRE = runpy.run_path(str(HOSTILE / "wire.py"))
+WIRE, form, part, sent = (_WIRE[name] for name in ("CASES", "form", "part", "sent"))
 SPEC = PreprocessSpec(size=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 SMALL = Limits(request_bytes=2**20, image=ImageLimits(bytes=2**20, pixels=2**20))
 
@@ -116,22 +117,17 @@ def test_a_hostile_archive_is_read_in_place_or_refused_and_nothing_is_unpacked(t
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["classes.json", "shards", "train.tar"]
 
 
-def whole(answer: bytes) -> bool:
-    """Whether an answer is complete, as its length says: TorchServe heeds "Connection: close" after mistakes only."""
-    head, end, body = answer.partition(b"\r\n\r\n")
-    length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
-    return bool(end) and length is not None and len(body) >= int(length[1])
+def connected(url: str) -> socket.socket:
+    where = urlsplit(url)
+    return socket.create_connection((where.hostname or "", where.port or 0), timeout=60)
 
 
 def exchange(url: str, data: bytes) -> tuple[int, str, bytes]:
     """Status, first header lines and body of whatever a server answers to these bytes."""
-    where, answer = urlsplit(url), b""
-    with (
-        socket.create_connection((where.hostname or "", where.port or 0), timeout=60) as connection,
-        suppress(ConnectionError),  # it hung up with bytes of ours unread
-    ):
+    answer = b""
+    with connected(url) as connection, suppress(ConnectionError):  # it hung up with bytes of ours unread
         connection.sendall(data)
-        while not whole(answer) and (piece := connection.recv(65536)):
+        while piece := connection.recv(65536):
             answer += piece
     head, _, body = answer.partition(b"\r\n\r\n")
     status = re.match(rb"HTTP/1\.[01] (\d{3})", head)
@@ -153,6 +149,34 @@ def test_hostile_bytes_on_the_wire_get_their_answer_and_nothing_dies(running: Ru
         assert len(told.get("request_id", "")) <= 128
     assert running.ask(labels=LABELS).status_code == 200
     assert running.server.workers() == workers
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(600)
+@pytest.mark.xdist_group("serve")
+def test_forms_that_cannot_be_decoded_are_not_kept_in_memory(running: Running) -> None:
+    picture = part("image", bytes(8 * 2**20), filename="a.png")
+    nameless = form(picture, b"--x\r\nContent-Disposition: form-data\r\n\r\nhi\r\n")
+    for _ in range(70):  # together more than TorchServe may have outside its heap
+        assert exchange(running.server.url, nameless)[0] == 400
+    assert exchange(running.server.url, form(picture, part("labels", b"a,b")))[0] == 415
+
+
+@pytest.mark.e2e
+@pytest.mark.timeout(600)
+@pytest.mark.xdist_group("serve")
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize(("body", "status"), [(_WIRE["GOOD"], 200), (b"{}", 400)])
+def test_a_connection_is_closed_when_its_client_asks_and_never_reset(
+    running: Running, version: str, body: bytes, status: int
+) -> None:
+    answer = b""
+    with connected(running.server.url) as connection:
+        connection.sendall(sent(_WIRE["JSON"], body=body).replace(b"HTTP/1.1", f"HTTP/{version}".encode()))
+        while piece := connection.recv(65536):
+            answer += piece
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+    assert b"connection: close" in answer.lower()
 
 
 @pytest.mark.e2e

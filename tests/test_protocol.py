@@ -187,7 +187,7 @@ def test_the_openapi_document_names_every_field_and_code() -> None:
     fields = {"image", "images", "labels", "templates", "top_k", "probe", "lint"}
     assert set(schemas["RequestModel"]["properties"]) == fields
     assert schemas["RequestModel"]["required"] == ["labels"]
-    assert set(operation["responses"]) == {"200", *(str(status) for status in STATUS.values())}
+    assert set(operation["responses"]) == {"200", "408", *(str(status) for status in STATUS.values())}
     assert schemas["ErrorBody"]["properties"]["code"]["enum"] == list(STATUS)
     references = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
     assert references <= set(schemas)

@@ -70,14 +70,19 @@ def test_a_java_gets_no_flag_that_it_would_refuse() -> None:
     assert any("sun-misc" in flag for flag in torchserve.java_flags(25))
 
 
-def test_our_jar_was_built_from_our_source_and_replaces_one_class() -> None:
+def test_our_jar_was_built_from_our_sources_and_holds_these_classes_alone() -> None:
     folder = Path(torchserve.__file__).parent / "java"
-    name = "org/pytorch/serve/wlm/AsyncBatchAggregator"
-    with zipfile.ZipFile(folder / "async.jar") as jar:
-        assert sorted(jar.namelist()) == ["META-INF/MANIFEST.MF", f"{name}.class"]
-        source = hashlib.sha256((folder / f"{name}.java").read_bytes()).hexdigest()[:32]
-        assert f"Source-Sha256: {source}" in jar.read("META-INF/MANIFEST.MF").decode()
-        assert int.from_bytes(jar.read(f"{name}.class")[6:8], "big") <= 44 + torchserve.JAVA_AT_LEAST
+    names = [
+        f"org/pytorch/serve/{name}"
+        for name in ("http/HttpRequestHandler", "http/ReceiveDeadline", "wlm/AsyncBatchAggregator")
+    ]
+    with zipfile.ZipFile(folder / "mended.jar") as jar:
+        assert sorted(jar.namelist()) == ["META-INF/MANIFEST.MF", *(f"{name}.class" for name in names)]
+        manifest = jar.read("META-INF/MANIFEST.MF").decode()
+        for name in names:
+            source = hashlib.sha256((folder / f"{name}.java").read_bytes()).hexdigest()[:32]
+            assert f"Name: {name}.class\r\nSource-Sha256: {source}\r\n" in manifest
+            assert int.from_bytes(jar.read(f"{name}.class")[6:8], "big") <= 44 + torchserve.JAVA_AT_LEAST
 
 
 # configuration

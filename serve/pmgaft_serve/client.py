@@ -131,6 +131,7 @@ class Client:
         """What TorchServe answers by itself, before or instead of our code."""
         status = answer.status_code
         known = {
+            408: "the request took longer to send than the server waits",
             413: "the request is larger than the server takes",
             500: "the server's worker died on this request; it is starting again",
             503: "the server is full or still starting; try again",

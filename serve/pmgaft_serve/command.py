@@ -87,6 +87,9 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
     "--start-seconds", default=180.0, show_default=True, type=click.FloatRange(1), help="Until a worker must be ready."
 )
 @click.option(
+    "--receive-seconds", default=60, show_default=True, type=click.IntRange(1), help="For a request to arrive whole."
+)
+@click.option(
     "--drain-seconds",
     default=30.0,
     show_default=True,
@@ -117,6 +120,7 @@ def serve(
     label_cache: int,
     log_format: str,
     start_seconds: float,
+    receive_seconds: int,
     drain_seconds: float,
     **probing: Any,
 ) -> None:
@@ -192,6 +196,7 @@ def serve(
         cors_origin=cors_origin,
         log=cast("LogFormat", log_format),
         start_seconds=start_seconds,
+        receive_seconds=receive_seconds,
         drain_seconds=drain_seconds,
     )
     _serve(options, bundle.manifest.name)

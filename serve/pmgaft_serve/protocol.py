@@ -506,6 +506,8 @@ def _short(name: str) -> str:
 
 
 _ERRORS = (ErrorAnswer, TorchServeError)
+TOO_SLOW = 408
+"""What is answered to a request that does not arrive whole in time; it never gets to this server's code."""
 
 
 def openapi(server: str = "http://127.0.0.1:8080") -> dict[str, Any]:
@@ -520,10 +522,11 @@ def openapi(server: str = "http://127.0.0.1:8080") -> dict[str, Any]:
         "200": {"description": "Ranked labels.", "content": {"application/json": {"schema": answer}}}
     }
     error = {"anyOf": [{"$ref": f"#/components/schemas/{model.__name__}"} for model in _ERRORS]}
-    for status in sorted(set(STATUS.values())):
+    for status in sorted({*STATUS.values(), TOO_SLOW}):
         codes = [code for code, value in STATUS.items() if value == status]
         content = {"application/json": {"schema": error}}
-        responses[str(status)] = {"description": f"One of: {', '.join(codes)}.", "content": content}
+        description = f"One of: {', '.join(codes)}." if codes else "The request took too long to arrive."
+        responses[str(status)] = {"description": description, "content": content}
     form = {
         "type": "object",
         "required": ["labels"],

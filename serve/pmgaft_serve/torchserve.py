@@ -2,7 +2,8 @@
 
 One `Server` is one TorchServe with a directory of its own for everything it writes (temporary files, sockets, logs,
 metrics), so that several live on one machine. TorchServe is started as a Java program, without its Python launcher, and
-with a mended class in front of its own (java/): its asynchronous mode does not hold otherwise.
+with mended classes in front of its own (java/): without, its asynchronous mode does not hold, and what strangers send
+fills its memory.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ HEAP = "512m"
 SOCKET_BYTES = 107  # that the path of a unix socket may have
 FRAME_BYTES = 2**20  # that TorchServe lets pass beyond our own limits, so that our answer (413 with JSON) comes first
 
-_ASYNC_JAR = Path(__file__).parent / "java" / "async.jar"
+_MENDED_JAR = Path(__file__).parent / "java" / "mended.jar"
 
 _LOG4J = """<?xml version="1.0" encoding="UTF-8"?>
 <Configuration>
@@ -75,8 +76,8 @@ class ServeOptions:
     device, engine: as for `pick_device` and `open_engine`. sets: label sets that requests may call by name; warm: label
     lists to be known from the start. tls: for HTTPS, and for gRPC where grpc_port is given. cors_origin: whose pages a
     browser lets read the answers, "*" for anybody's. log: what becomes of one line a request. start_seconds: until the
-    first worker must be ready. drain_seconds: that requests in work get at the end. hang_seconds: after which a worker
-    that does nothing any more is ended, and replaced.
+    first worker must be ready. receive_seconds: that a request may take to arrive. drain_seconds: that requests in work
+    get at the end. hang_seconds: after which a worker that does nothing any more is ended, and replaced.
     """
 
     bundle: Path
@@ -94,6 +95,7 @@ class ServeOptions:
     cors_origin: str | None = None
     log: LogFormat = "none"
     start_seconds: float = 180.0
+    receive_seconds: int = 60
     drain_seconds: float = 30.0
     hang_seconds: int = 30
 
@@ -389,9 +391,10 @@ class Server:
             *java_flags(java.version),
             f"-Dmodel_server_home={torchserve.parent}",
             f"-Djava.io.tmpdir={self.state / 'tmp'}",
+            f"-Dpmgaft.receive_seconds={self.options.receive_seconds}",
             f"-Dlog4j.configurationFile={(self.state / 'log4j2.xml').as_uri()}",
             "-cp",
-            os.pathsep.join([str(_ASYNC_JAR), str(torchserve / "frontend" / "*")]),
+            os.pathsep.join([str(_MENDED_JAR), str(torchserve / "frontend" / "*")]),
             "org.pytorch.serve.ModelServer",
             *("--python", sys.executable, "-f", "config.properties", "-s", "store", "-ncs"),
         ]

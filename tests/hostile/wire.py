@@ -1,7 +1,6 @@
 """Bytes on the wire that no client library would send: name -> (bytes, status, code).
 
-The code is ours, "" for a sensible answer, or the type of TorchServe's own error: those never reach our code, and
-some of them are 500 though the client is wrong.
+The code is ours, "" for a sensible answer, or the type of an error that TorchServe answers before our code.
 """
 
 import base64
@@ -46,8 +45,8 @@ CASES: dict[str, Case] = {
     "no boundary": (form(IMAGE, LABELS, kind="multipart/form-data"), 400, "text_invalid"),
     "an empty boundary": (
         form(IMAGE, LABELS, kind="multipart/form-data; boundary="),
-        500,
-        "StringIndexOutOfBoundsException",
+        400,
+        "BadRequestException",
     ),
     "a boundary of 10,000 characters": (
         form(IMAGE, LABELS, kind="multipart/form-data; boundary=" + "x" * 10_000),
@@ -58,18 +57,18 @@ CASES: dict[str, Case] = {
     "a part that is cut": (form(IMAGE, LABELS, end=b"--x\r\nContent-Dispo"), 200, ""),
     "a part without a name": (
         form(IMAGE, LABELS, b"--x\r\nContent-Disposition: form-data\r\n\r\nhi\r\n"),
-        500,
-        "ErrorDataDecoderException",
+        400,
+        "BadRequestException",
     ),
     "a part in base64": (
         form(part("image", base64.b64encode(PNG), "Content-Transfer-Encoding: base64", filename="a.png"), LABELS),
-        500,
-        "ErrorDataDecoderException",
+        400,
+        "BadRequestException",
     ),
     "a part in a character set that is none": (
         form(IMAGE, part("labels", b"a,b", "Content-Type: text/plain; charset=none")),
-        500,
-        "ErrorDataDecoderException",
+        400,
+        "BadRequestException",
     ),
     "a field that comes twice: the last counts": (form(IMAGE, part("labels", b"a,a"), LABELS), 200, ""),
     "a field that comes twice, the last being wrong": (
@@ -82,8 +81,8 @@ CASES: dict[str, Case] = {
     "3,000 fields": (form(IMAGE, LABELS, *(part(f"f{n}", b"1") for n in range(3000))), 400, "field_unknown"),
     "a form of an address bar that cannot be decoded": (
         sent("Content-Type: application/x-www-form-urlencoded", body=b"%zz=%"),
-        500,
-        "ErrorDataDecoderException",
+        400,
+        "BadRequestException",
     ),
     # encodings and lengths
     "a body that is compressed": (sent(JSON, "Content-Encoding: gzip", body=gzip.compress(GOOD)), 400, "text_invalid"),
@@ -110,6 +109,8 @@ CASES: dict[str, Case] = {
     # lines
     "an address of 10,000 characters": (sent(JSON, path=PATH + "?" + "a" * 10_000), 400, "BadRequestException"),
     "an address that climbs": (sent(JSON, path="/predictions/../models"), 404, "ModelNotFoundException"),
+    "an address with a broken escape": (sent(JSON, path=PATH + "%zz"), 400, "BadRequestException"),
+    "a query with a broken escape, which nobody reads": (sent(JSON, path=PATH + "?a=%zz"), 200, ""),
     "an address with a NUL": (sent(JSON, path=PATH + "%00"), 404, "ModelNotFoundException"),
     "another version": (sent(JSON, path=PATH + "/9.9"), 404, "ModelVersionNotFoundException"),
     "HTTP/0.9": (f"GET {PATH}\r\n\r\n".encode(), 400, "BadRequestException"),

@@ -23,9 +23,6 @@ import org.pytorch.serve.util.messages.RequestInput;
  *   <li>a restarted worker is sent a request before its model is loaded, and is never marked READY again;
  *   <li>one failed request is answered to every request in hand.
  * </ul>
- *
- * TorchServe gets no more releases, so this class ships compiled (async.jar, for Java 17 and later). After a change
- * run build.py in the folder "java"; a test compares the source's hash with the one in the jar.
  */
 public class AsyncBatchAggregator extends BatchAggregator {
     private final Map<String, Job> inHand = new ConcurrentHashMap<>();
