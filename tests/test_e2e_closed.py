@@ -58,6 +58,31 @@ def test_no_model_can_be_loaded_even_over_the_management_socket(running: Running
         assert client.delete("/models/pmgaft").status_code == 405
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/ping", 200),
+        ("GET", PATH, 405),
+        ("PUT", PATH, 405),
+        ("POST", f"{PATH}/1.0", 404),
+        ("POST", "/predictions/other", 404),
+        ("POST", "/explanations/pmgaft", 404),
+        ("POST", "/invocations", 404),
+        ("POST", "/v1/models/pmgaft:predict", 404),
+        ("POST", "/v2/models/pmgaft/infer", 404),
+        ("POST", "/wfpredict/pmgaft", 404),
+        ("GET", "/models/pmgaft", 404),
+        ("GET", "/metrics", 404),
+        ("OPTIONS", "/", 404),
+    ],
+)
+def test_torchserve_answers_strangers_at_no_other_address_and_to_no_other_method(
+    running: Running, method: str, path: str, status: int
+) -> None:
+    content = {"image": base64.b64encode(PNG).decode(), "labels": LABELS}
+    assert running.http.request(method, running.server.url + path, json=content).status_code == status
+
+
 def test_no_page_of_another_origin_reads_an_answer(running: Running) -> None:
     content = {"image": base64.b64encode(PNG).decode(), "labels": LABELS}
     answer = running.http.post(running.server.url + PATH, json=content, headers={"Origin": ORIGIN})

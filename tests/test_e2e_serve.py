@@ -168,13 +168,6 @@ def test_a_request_over_our_limit_gets_our_413_with_json(running: Running) -> No
     assert (answer.status_code, code(answer)) == (413, "request_too_large")
 
 
-def test_other_methods_and_paths_do_no_harm(running: Running) -> None:
-    assert running.http.get(running.server.url + PATH).status_code == 400
-    assert running.http.post(running.server.url + "/predictions/other", content=b"x").status_code == 404
-    assert running.http.post(running.server.url + "/models?url=http://127.0.0.1/x.mar").status_code in (404, 405)
-    assert running.ask().status_code == 200
-
-
 def test_unlike_requests_at_once_each_get_their_own_answer(running: Running) -> None:
     questions = [{"labels": LABELS[: 1 + number % 3], "top_k": 1 + number % 2} for number in range(24)]
     alone = [running.ask(**question).json()["predictions"] for question in questions[:6]]

@@ -108,12 +108,12 @@ CASES: dict[str, Case] = {
     "a token outside ASCII": (sent(JSON, "Authorization: Bearer \xe4"), 200, ""),
     # lines
     "an address of 10,000 characters": (sent(JSON, path=PATH + "?" + "a" * 10_000), 400, "BadRequestException"),
-    "an address that climbs": (sent(JSON, path="/predictions/../models"), 404, "ModelNotFoundException"),
+    "an address that climbs": (sent(JSON, path="/predictions/../models"), 404, "ResourceNotFoundException"),
     "an address with a broken escape": (sent(JSON, path=PATH + "%zz"), 400, "BadRequestException"),
     "a query with a broken escape, which nobody reads": (sent(JSON, path=PATH + "?a=%zz"), 200, ""),
-    "an address with a NUL": (sent(JSON, path=PATH + "%00"), 404, "ModelNotFoundException"),
-    "another version": (sent(JSON, path=PATH + "/9.9"), 404, "ModelVersionNotFoundException"),
+    "an address with a NUL": (sent(JSON, path=PATH + "%00"), 404, "ResourceNotFoundException"),
+    "another version": (sent(JSON, path=PATH + "/9.9"), 404, "ResourceNotFoundException"),
     "HTTP/0.9": (f"GET {PATH}\r\n\r\n".encode(), 400, "BadRequestException"),
     "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(100) + b"\r\n\r\n", 400, "BadRequestException"),
-    "TRACE": (sent(method="TRACE", body=b""), 400, "request_empty"),
+    "TRACE": (sent(method="TRACE", body=b""), 405, "MethodNotAllowedException"),
 }

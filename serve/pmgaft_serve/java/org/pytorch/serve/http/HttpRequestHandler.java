@@ -3,15 +3,20 @@ package org.pytorch.serve.http;
 import io.netty.channel.ChannelHandlerContext;
 import io.netty.channel.ChannelOption;
 import io.netty.channel.SimpleChannelInboundHandler;
+import io.netty.channel.unix.DomainSocketChannel;
 import io.netty.handler.codec.DecoderException;
 import io.netty.handler.codec.http.FullHttpRequest;
+import io.netty.handler.codec.http.HttpMethod;
 import io.netty.handler.codec.http.HttpResponseStatus;
 import io.netty.handler.codec.http.HttpServerKeepAliveHandler;
 import io.netty.handler.codec.http.QueryStringDecoder;
+import java.util.Map;
+import java.util.Set;
 import org.pytorch.serve.archive.DownloadArchiveException;
 import org.pytorch.serve.archive.model.ModelException;
 import org.pytorch.serve.archive.model.ModelNotFoundException;
 import org.pytorch.serve.archive.model.ModelVersionNotFoundException;
+import org.pytorch.serve.archive.workflow.WorkflowNotFoundException;
 import org.pytorch.serve.util.NettyUtils;
 import org.slf4j.Logger;
 import org.slf4j.LoggerFactory;
@@ -26,11 +31,17 @@ import org.slf4j.LoggerFactory;
  *   <li>such a form, and an address with a broken escape, are answered as if the server had failed, or forbade it;
  *   <li>a connection is reset when it is closed (SO_LINGER 0), which takes with it what is not yet sent of the answer;
  *   <li>a client that asks for its connection to be closed, or speaks HTTP/1.0, waits for that in vain;
- *   <li>a request may take for ever to arrive (see ReceiveDeadline).
+ *   <li>a request may take for ever to arrive (see ReceiveDeadline);
+ *   <li>it answers at a dozen other addresses, and to any method, whatever is open.
  * </ul>
  */
 public class HttpRequestHandler extends SimpleChannelInboundHandler<FullHttpRequest> {
     private static final Logger logger = LoggerFactory.getLogger(HttpRequestHandler.class);
+
+    private static final Map<String, Set<HttpMethod>> METHODS =
+            Map.of(
+                    "/predictions/pmgaft", Set.of(HttpMethod.POST, HttpMethod.OPTIONS),
+                    "/ping", Set.of(HttpMethod.GET, HttpMethod.HEAD));
 
     private static final String FORM =
             "This form cannot be decoded. It needs a boundary, and each part a name, no Content-Transfer-Encoding"
@@ -57,6 +68,9 @@ public class HttpRequestHandler extends SimpleChannelInboundHandler<FullHttpRequ
                 throw new BadRequestException("Invalid HTTP message.");
             }
             QueryStringDecoder address = new QueryStringDecoder(request.uri());
+            if (!(context.channel() instanceof DomainSocketChannel)) {
+                check(request.method(), address.path());
+            }
             chain.handleRequest(context, request, address, address.path().split("/"));
         } catch (DecoderException | StringIndexOutOfBoundsException error) {
             refuse(context, new BadRequestException(FORM));
@@ -68,6 +82,16 @@ public class HttpRequestHandler extends SimpleChannelInboundHandler<FullHttpRequ
             refuse(context, new BadRequestException("This address cannot be decoded: " + error.getMessage()));
         } catch (Throwable error) {
             refuse(context, error);
+        }
+    }
+
+    /** Whether strangers may ask this. */
+    private static void check(HttpMethod method, String path) {
+        if (!METHODS.containsKey(path)) {
+            throw new ResourceNotFoundException();
+        }
+        if (!METHODS.get(path).contains(method)) {
+            throw new MethodNotAllowedException();
         }
     }
 
@@ -91,7 +115,8 @@ public class HttpRequestHandler extends SimpleChannelInboundHandler<FullHttpRequ
     private static HttpResponseStatus statusOf(Throwable error) {
         if (error instanceof ResourceNotFoundException
                 || error instanceof ModelNotFoundException
-                || error instanceof ModelVersionNotFoundException) {
+                || error instanceof ModelVersionNotFoundException
+                || error instanceof WorkflowNotFoundException) {
             return HttpResponseStatus.NOT_FOUND;
         }
         if (error instanceof ConflictStatusException) {
