@@ -3,8 +3,9 @@
 python benchmarks/soak.py [--minutes 60] [--model mini] [--quick]
 
 Clients ask a `pmgaft serve` of two workers for what people ask: photographs and known labels, several pictures, new
-labels, label sets, broken pictures, probes, and hang up now and then. Every tenth of the time something is broken, in
-turn: a worker is killed, a worker is stopped for five seconds, a hundred connections lie idle.
+labels, label sets, probes; they send broken pictures and forms that cannot be decoded, and hang up now and then. Every
+tenth of the time something is broken, in turn: a worker is killed, a worker is stopped for five seconds, a hundred
+connections lie idle.
 
 Writes results/soak.json, and into results/summary.json:
 ops.soak_lost              requests that got no answer, but for those in flight when a worker was killed
@@ -51,6 +52,11 @@ REPLACED_SECONDS = 60.0
 """After a kill: how long a worker may take to be there again."""
 KNOWN = [f"thing {number}" for number in range(200)]
 PETS = LabelSet(name="pets", labels=("cat", "dog", "bird"))
+BAD_FORM = b"".join([
+    b'--x\r\nContent-Disposition: form-data; name="image"; filename="a"\r\n\r\n' + bytes(2**20),
+    b"\r\n--x\r\nContent-Disposition: form-data\r\n\r\nno name\r\n--x--\r\n",
+])  # fmt: skip
+BAD_FORM_TYPE = {"Content-Type": "multipart/form-data; boundary=x"}
 
 
 @dataclass(slots=True)
@@ -91,7 +97,7 @@ class Sample:
 
 
 def requests(chance: random.Random) -> tuple[str, Mapping[str, Any]]:
-    """What one client asks now: a name, and the JSON."""
+    """What one client asks now: a name, and the JSON; none for a form that cannot be decoded."""
     photo, small = picture(500, 375), picture(64, 64)
     image = base64.b64encode(photo if chance.random() < 0.5 else small).decode()
     labels: list[str] | str = chance.sample(KNOWN, 10)
@@ -105,7 +111,9 @@ def requests(chance: random.Random) -> tuple[str, Mapping[str, Any]]:
         return "several", {"images": [image, "AAAA", image], "labels": labels}
     if drawn < 0.16:
         return "broken", {"image": image[: len(image) // 2 // 4 * 4], "labels": labels}
-    if drawn < 0.26:
+    if drawn < 0.18:
+        return "bad form", {}
+    if drawn < 0.28:
         return "set", {"image": image, "labels": "@pets", "top_k": 1}
     return "plain", {"image": image, "labels": labels}
 
@@ -118,9 +126,10 @@ def ask_on(server: Server, seen: Seen, stop: threading.Event, seed: int) -> None
             name, content = requests(chance)
             if chance.random() < 0.01:
                 hang_up(server)
+            body = {"json": content} if content else {"content": BAD_FORM, "headers": BAD_FORM_TYPE}
             began = time.monotonic()
             try:
-                status: int | None = client.post(server.url + PATH, json=content).status_code
+                status: int | None = client.post(server.url + PATH, **body).status_code
             except httpx.HTTPError as error:
                 status, name = None, f"{name}: {type(error).__name__}"
             seen.note(began, status, name)
