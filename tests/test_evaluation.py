@@ -338,6 +338,14 @@ def test_intervals_are_wilsons(count: int, total: int) -> None:
     assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
+def test_an_interval_holds_its_value_however_it_is_rounded() -> None:
+    for total in range(1, 2000):
+        for count in {0, 1, total // 2, total}:
+            share = Share(count=count, total=total)
+            low, high = share.interval
+            assert 0 <= low <= share.value <= high <= 1, (count, total)
+
+
 def evaluate(*arguments: str) -> Result:
     return CliRunner().invoke(main, ["evaluate", *arguments])
 

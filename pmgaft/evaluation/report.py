@@ -49,11 +49,11 @@ class Share:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """(low, high), inside [0, 1] by construction."""
+        """(low, high), inside [0, 1], with the value between them: what rounding takes from that is given back."""
         n, p, z2 = self.total, self.value, _Z**2
         middle = (p + z2 / (2 * n)) / (1 + z2 / n)
         half = _Z / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-        return max(0.0, middle - half), min(1.0, middle + half)
+        return min(p, max(0.0, middle - half)), max(p, min(1.0, middle + half))
 
     def to_json(self) -> dict[str, float]:
         """Value, interval and counts."""
