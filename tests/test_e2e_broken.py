@@ -1,15 +1,19 @@
 """A real server, broken on purpose: clients that misbehave, a full disk, files changed under it, Java killed."""
 
+import base64
+import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -96,6 +100,38 @@ def test_a_request_that_is_not_whole_in_time_is_given_up_and_no_other(served_bun
             assert b"not whole within 2 seconds" in answer
         idle.sendall(whole)  # longer than that after its last request
         assert idle.recv(1000).startswith(b"HTTP/1.1 200")
+
+
+def request(body: Mapping[str, Any], *headers: str) -> bytes:
+    content = json.dumps({"image": base64.b64encode(PNG).decode(), "labels": LABELS} | body)
+    length = f"Content-Length: {len(content)}"
+    lines = [f"POST {PATH} HTTP/1.1", "Host: x", "Content-Type: application/json", length, *headers]
+    return ("\r\n".join([*lines, "", ""]) + content).encode()
+
+
+def test_a_client_that_reads_no_answer_is_read_no_further(running: Running) -> None:
+    asked = request({"labels": [f"thing {number}" for number in range(1000)]})
+    with connect(running.server) as client:
+        client.settimeout(5)
+        before = running.total("pmgaft_requests_total")
+        with suppress(TimeoutError):
+            for _ in range(2000):
+                client.sendall(asked)
+        answered = running.total("pmgaft_requests_total") - before
+        assert 0 < answered < 200  # as many as lie in the sockets' buffers, and in none of TorchServe's
+    assert answers(running)
+
+
+def test_requests_in_a_row_on_one_connection_are_answered_in_their_order(running: Running) -> None:
+    asked: list[Mapping[str, Any]] = [{"probe": {"eps": "1/255", "steps": 50, "restarts": 5}}, {}, {}]
+    answer = b""
+    with connect(running.server) as client:
+        for number, body in enumerate(asked):
+            last = ["Connection: close"] if number == len(asked) - 1 else []
+            client.sendall(request(body, f"X-Request-Id: number-{number}", *last))
+        while piece := client.recv(65536):
+            answer += piece
+    assert re.findall(rb'"request_id":"number-(.)"', answer) == [b"0", b"1", b"2"]
 
 
 def test_chunks_without_end_are_cut_off_at_the_servers_limit(running: Running) -> None:

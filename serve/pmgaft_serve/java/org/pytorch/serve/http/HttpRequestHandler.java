@@ -31,7 +31,7 @@ import org.slf4j.LoggerFactory;
  *   <li>such a form, and an address with a broken escape, are answered as if the server had failed, or forbade it;
  *   <li>a connection is reset when it is closed (SO_LINGER 0), which takes with it what is not yet sent of the answer;
  *   <li>a client that asks for its connection to be closed, or speaks HTTP/1.0, waits for that in vain;
- *   <li>a request may take for ever to arrive (see ReceiveDeadline);
+ *   <li>a request may take for ever to arrive (see ReceiveDeadline), an answer for ever to be read (see OneAtATime);
  *   <li>it answers at a dozen other addresses, and to any method, whatever is open.
  * </ul>
  */
@@ -57,6 +57,7 @@ public class HttpRequestHandler extends SimpleChannelInboundHandler<FullHttpRequ
     public void handlerAdded(ChannelHandlerContext context) {
         context.channel().config().setOption(ChannelOption.SO_LINGER, -1);
         context.pipeline().addBefore("aggregator", null, new ReceiveDeadline());
+        context.pipeline().addBefore(context.name(), null, new OneAtATime());
         context.pipeline().addBefore(context.name(), null, new HttpServerKeepAliveHandler());
     }
 
