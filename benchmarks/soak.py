@@ -177,6 +177,8 @@ FAULTS: tuple[Callable[[Server, Seen], None], ...] = (kill_a_worker, stop_a_work
 
 
 def look(server: Server, began: float) -> Sample:
+    """What the machine tells of the server's processes, after a scrape as Prometheus makes them."""
+    httpx.get(server.metrics_url + "/metrics", trust_env=False, timeout=60).raise_for_status()
     resident, files = {}, 0
     for name, pid in server.processes().items():
         with suppress(psutil.Error):

@@ -1,5 +1,6 @@
 """Every series is in the table, several processes are one, and nothing a client sends becomes a label."""
 
+import errno
 import os
 import re
 import socket
@@ -73,6 +74,39 @@ def test_two_processes_metrics_are_summed_and_those_of_a_killed_one_stay(
     assert total(later, "pmgaft_requests_total", outcome="ok") == 7
     assert total(later, "pmgaft_in_flight_requests") == 3
     assert total(later, "pmgaft_model_info") == 1
+
+
+def test_workers_that_die_again_and_again_leave_no_more_files_and_nothing_is_lost(tmp_path: Path) -> None:
+    for number in range(4):
+        end(start_worker(tmp_path, 10**number), kill=number % 2 == 0)
+        text = collect(tmp_path)
+        assert total(text, "pmgaft_requests_total", outcome="ok") == sum(10**n for n in range(number + 1))
+        assert total(text, "pmgaft_stage_seconds_bucket", stage="image", le="0.005") == number + 1
+        assert total(text, "pmgaft_stage_seconds_bucket", stage="image", le="0.001") == 0
+        assert total(text, "pmgaft_stage_seconds_sum", stage="image") == pytest.approx(0.004 * (number + 1))
+        assert total(text, "pmgaft_model_info") == 1
+        assert total(text, "pmgaft_in_flight_requests") == 0
+        assert {file.name for file in tmp_path.iterdir()} == {
+            "counter_dead.db",
+            "histogram_dead.db",
+            "gauge_max_dead.db",
+        }
+
+
+def test_on_a_full_disk_a_dead_workers_files_stay_and_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    end(start_worker(tmp_path, 7), kill=True)
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "posix_fallocate", full)
+        for _ in range(2):
+            assert total(collect(tmp_path), "pmgaft_requests_total", outcome="ok") == 7
+        assert len([file for file in tmp_path.iterdir() if "dead" not in file.name]) == 3
+    assert total(collect(tmp_path), "pmgaft_requests_total", outcome="ok") == 7
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_the_table_follows_prometheus_conventions() -> None:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ts.context import Context
 
 from . import worker_loop
+from .processes import alive
 from .watchdog import beat, pulse_file
 
 if TYPE_CHECKING:
@@ -156,18 +157,10 @@ def _end_with(launcher: int) -> None:
     torchserve = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == torchserve and _alive(launcher):
+        while os.getppid() == torchserve and alive(launcher):
             time.sleep(1)
         if os.getppid() == torchserve:
             os.kill(torchserve, signal.SIGTERM)
         os._exit(1)
 
     threading.Thread(target=watch, name="watch-parents", daemon=True).start()
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True

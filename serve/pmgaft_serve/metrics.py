@@ -19,17 +19,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Literal
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from pmgaft import __version__
 
+from .metric_files import fold_dead
 from .protocol import STATUS
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -340,15 +341,17 @@ class Metrics:
         (gauge.labels(**labels) if labels else gauge).set(value)
 
 
+_ONE_SCRAPE = Lock()
+"""Files come and go in a scrape."""
+
+
 def collect(directory: Path) -> str:
     """All workers' series, added up, in Prometheus' text format. directory: the workers' PROMETHEUS_MULTIPROC_DIR."""
-    for file in directory.glob("gauge_live*_*.db"):
-        pid = int(re.sub(r"\D", "", file.stem.rpartition("_")[2]))
-        if not _alive(pid):
-            mark_process_dead(pid, str(directory))  # type: ignore[no-untyped-call]
-    registry = CollectorRegistry()
-    MultiProcessCollector(registry, path=str(directory))  # type: ignore[no-untyped-call]
-    return prometheus_client.generate_latest(registry).decode()
+    with _ONE_SCRAPE:
+        fold_dead(directory)
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry, path=str(directory))  # type: ignore[no-untyped-call]
+        return prometheus_client.generate_latest(registry).decode()
 
 
 def observed(*, ready: bool, processes: Mapping[str, int]) -> str:
@@ -476,13 +479,3 @@ class Exporter:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
