@@ -42,6 +42,13 @@ def message(server: Server) -> bytes:
     return form_message(target_of(server.url), PNG, LABELS)
 
 
+def request(body: Mapping[str, Any], *headers: str) -> bytes:
+    content = json.dumps({"image": base64.b64encode(PNG).decode(), "labels": LABELS} | body)
+    length = f"Content-Length: {len(content)}"
+    lines = [f"POST {PATH} HTTP/1.1", "Host: x", "Content-Type: application/json", length, *headers]
+    return ("\r\n".join([*lines, "", ""]) + content).encode()
+
+
 def answers(running: Running) -> bool:
     return running.ask().status_code == 200
 
@@ -81,11 +88,17 @@ def test_a_length_that_never_comes_holds_nothing_but_its_connection(running: Run
         assert answers(running)
 
 
-def test_a_request_that_is_not_whole_in_time_is_given_up_and_no_other(served_bundle: Path) -> None:
+@pytest.fixture(scope="module")
+def impatient(served_bundle: Path) -> Iterator[Server]:
     options = ServeOptions(bundle=served_bundle, port=0, start_seconds=400, receive_seconds=2)
-    with serving(options) as server, ExitStack() as stack:
-        stopped, trickling, idle = (stack.enter_context(connect(server)) for _ in range(3))
-        whole = message(server)
+    with serving(options) as server:
+        yield server
+
+
+def test_a_request_that_is_not_whole_in_time_is_given_up_and_no_other(impatient: Server) -> None:
+    with ExitStack() as stack:
+        stopped, trickling, idle = (stack.enter_context(connect(impatient)) for _ in range(3))
+        whole = message(impatient)
         idle.sendall(whole)
         assert idle.recv(1000).startswith(b"HTTP/1.1 200")
         stopped.sendall(whole[:-10])
@@ -102,11 +115,21 @@ def test_a_request_that_is_not_whole_in_time_is_given_up_and_no_other(served_bun
         assert idle.recv(1000).startswith(b"HTTP/1.1 200")
 
 
-def request(body: Mapping[str, Any], *headers: str) -> bytes:
-    content = json.dumps({"image": base64.b64encode(PNG).decode(), "labels": LABELS} | body)
-    length = f"Content-Length: {len(content)}"
-    lines = [f"POST {PATH} HTTP/1.1", "Host: x", "Content-Type: application/json", length, *headers]
-    return ("\r\n".join([*lines, "", ""]) + content).encode()
+def test_a_request_that_the_server_itself_does_not_read_is_not_given_up(impatient: Server) -> None:
+    worker = impatient.workers()[0]
+    with connect(impatient) as client:
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            last = request({}, "Connection: close")
+            client.sendall(request({}) + request({}) + last[:-10])
+            time.sleep(3)
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        client.sendall(last[-10:])
+        answer = b""
+        while piece := client.recv(65536):
+            answer += piece
+    assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"200"] * 3
 
 
 def test_a_client_that_reads_no_answer_is_read_no_further(running: Running) -> None:

@@ -22,7 +22,7 @@ class ReceiveDeadline extends ChannelInboundHandlerAdapter {
     @Override
     public void channelRead(ChannelHandlerContext context, Object piece) {
         if (piece instanceof HttpRequest) {
-            deadline = context.executor().schedule(() -> refuse(context), SECONDS, TimeUnit.SECONDS);
+            start(context);
         }
         if (piece instanceof LastHttpContent) {
             cancel();
@@ -36,7 +36,15 @@ class ReceiveDeadline extends ChannelInboundHandlerAdapter {
         context.fireChannelInactive();
     }
 
-    private static void refuse(ChannelHandlerContext context) {
+    private void start(ChannelHandlerContext context) {
+        deadline = context.executor().schedule(() -> end(context), SECONDS, TimeUnit.SECONDS);
+    }
+
+    private void end(ChannelHandlerContext context) {
+        if (!context.channel().config().isAutoRead()) { // it is we who do not read: see OneAtATime
+            start(context);
+            return;
+        }
         String message = "The request was not whole within " + SECONDS + " seconds.";
         NettyUtils.sendError(context, HttpResponseStatus.REQUEST_TIMEOUT, new RequestTimeoutException(message));
     }
