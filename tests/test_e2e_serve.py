@@ -163,9 +163,12 @@ def test_whatever_is_sent_gets_its_answer_and_nothing_dies(running: Running) -> 
     assert "Traceback" not in running.server.log.read_text()
 
 
-def test_a_request_over_our_limit_gets_our_413_with_json(running: Running) -> None:
-    answer = running.ask(image="A" * (17 * 2**20))
+@pytest.mark.parametrize("mebibytes", [17, 40])  # the second is also over TorchServe's limit
+def test_a_request_over_our_limit_gets_our_413_with_json(running: Running, mebibytes: int) -> None:
+    answer = running.ask(image="A" * (mebibytes * 2**20))
     assert (answer.status_code, code(answer)) == (413, "request_too_large")
+    assert "at most 16,777,216 " in answer.text
+    assert running.ask().status_code == 200
 
 
 def test_unlike_requests_at_once_each_get_their_own_answer(running: Running) -> None:

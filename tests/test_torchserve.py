@@ -74,7 +74,10 @@ def test_our_jar_was_built_from_our_sources_and_holds_these_classes_alone() -> N
     folder = Path(torchserve.__file__).parent / "java"
     names = [
         f"org/pytorch/serve/{name}"
-        for name in ("http/HttpRequestHandler", "http/OneAtATime", "http/ReceiveDeadline", "wlm/AsyncBatchAggregator")
+        for name in (
+            *("http/BodyLimit", "http/HttpRequestHandler", "http/OneAtATime", "http/ReceiveDeadline"),
+            "wlm/AsyncBatchAggregator",
+        )
     ]
     with zipfile.ZipFile(folder / "mended.jar") as jar:
         assert sorted(jar.namelist()) == ["META-INF/MANIFEST.MF", *(f"{name}.class" for name in names)]

@@ -392,6 +392,7 @@ class Server:
             f"-Dmodel_server_home={torchserve.parent}",
             f"-Djava.io.tmpdir={self.state / 'tmp'}",
             f"-Dpmgaft.receive_seconds={self.options.receive_seconds}",
+            f"-Dpmgaft.request_bytes={self.options.settings.limits.request_bytes}",
             f"-Dlog4j.configurationFile={(self.state / 'log4j2.xml').as_uri()}",
             "-cp",
             os.pathsep.join([str(_MENDED_JAR), str(torchserve / "frontend" / "*")]),

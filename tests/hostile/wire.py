@@ -90,7 +90,7 @@ CASES: dict[str, Case] = {
     "a length that is too long for any server": (
         sent(JSON, "Content-Length: 99999999999", length=False),
         413,
-        "",
+        "request_too_large",
     ),
     "two lengths": (sent(JSON, "Content-Length: 5"), 400, "BadRequestException"),
     "chunks": (sent(JSON, "Transfer-Encoding: chunked", body=chunked(b"%x" % len(GOOD)), length=False), 200, ""),

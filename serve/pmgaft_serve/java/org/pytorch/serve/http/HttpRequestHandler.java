@@ -17,6 +17,7 @@ import org.pytorch.serve.archive.model.ModelException;
 import org.pytorch.serve.archive.model.ModelNotFoundException;
 import org.pytorch.serve.archive.model.ModelVersionNotFoundException;
 import org.pytorch.serve.archive.workflow.WorkflowNotFoundException;
+import org.pytorch.serve.util.ConfigManager;
 import org.pytorch.serve.util.NettyUtils;
 import org.slf4j.Logger;
 import org.slf4j.LoggerFactory;
@@ -56,7 +57,9 @@ public class HttpRequestHandler extends SimpleChannelInboundHandler<FullHttpRequ
     @Override
     public void handlerAdded(ChannelHandlerContext context) {
         context.channel().config().setOption(ChannelOption.SO_LINGER, -1);
+        int limit = ConfigManager.getInstance().getMaxRequestSize();
         context.pipeline().addBefore("aggregator", null, new ReceiveDeadline());
+        context.pipeline().replace("aggregator", null, new BodyLimit(limit, Long.getLong("pmgaft.request_bytes", limit)));
         context.pipeline().addBefore(context.name(), null, new OneAtATime());
         context.pipeline().addBefore(context.name(), null, new HttpServerKeepAliveHandler());
     }
