@@ -8,12 +8,14 @@ belong to the xdist group "serve", so that one process holds it.
 import base64
 import os
 import runpy
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
@@ -45,6 +47,19 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.05)
+
+
+def connect(url: str) -> socket.socket:
+    """A connection to the server at `url`, for bytes that no client library would send."""
+    where = urlsplit(url)
+    return socket.create_connection((where.hostname or "", where.port or 0), timeout=60)
+
+
+def read_to_the_end(connection: socket.socket) -> bytes:
+    answer = b""
+    while piece := connection.recv(65536):
+        answer += piece
+    return answer
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -14,11 +13,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from running_server import LABELS, PNG, Running, wait_for
+from running_server import LABELS, PNG, Running, connect, read_to_the_end, wait_for
 
 from pmgaft_serve.bench import form_message, target_of
 from pmgaft_serve.client import Client, Question
@@ -29,12 +27,6 @@ from pmgaft_serve.torchserve import ServeOptions, Server, serving
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600), pytest.mark.xdist_group("serve")]
 
 IDLE = 500
-
-
-def connect(server: Server) -> socket.socket:
-    parts = urlsplit(server.url)
-    assert parts.hostname is not None
-    return socket.create_connection((parts.hostname, parts.port or 80), timeout=60)
 
 
 def message(server: Server) -> bytes:
@@ -59,7 +51,7 @@ def answers(running: Running) -> bool:
 def test_a_client_that_hangs_up_costs_nobody_anything(running: Running) -> None:
     whole = message(running.server)
     for sent in (whole[:40], whole[:-10], whole):  # in the header, in the body, before its answer
-        with connect(running.server) as client:
+        with connect(running.server.url) as client:
             client.sendall(sent)
     assert answers(running)
     wait_for(lambda: running.total("pmgaft_in_flight_requests") == 0)
@@ -67,7 +59,7 @@ def test_a_client_that_hangs_up_costs_nobody_anything(running: Running) -> None:
 
 def test_a_client_that_sends_little_by_little_is_waited_for_and_others_are_not_kept(running: Running) -> None:
     whole = message(running.server)
-    with connect(running.server) as slow:
+    with connect(running.server.url) as slow:
         for start in range(0, len(whole), 200):
             slow.sendall(whole[start : start + 200])
             if start < 1000:
@@ -79,7 +71,7 @@ def test_a_length_that_never_comes_holds_nothing_but_its_connection(running: Run
     head, _, body = message(running.server).partition(b"\r\n\r\n")
     longer = head.replace(b"Content-Length: %d" % len(body), b"Content-Length: %d" % (len(body) + 1000))
     assert longer != head
-    with connect(running.server) as client:
+    with connect(running.server.url) as client:
         client.sendall(longer + b"\r\n\r\n" + body)
         client.settimeout(1)
         with pytest.raises(TimeoutError):
@@ -97,7 +89,7 @@ def impatient(served_bundle: Path) -> Iterator[Server]:
 
 def test_a_request_that_is_not_whole_in_time_is_given_up_and_no_other(impatient: Server) -> None:
     with ExitStack() as stack:
-        stopped, trickling, idle = (stack.enter_context(connect(impatient)) for _ in range(3))
+        stopped, trickling, idle = (stack.enter_context(connect(impatient.url)) for _ in range(3))
         whole = message(impatient)
         idle.sendall(whole)
         assert idle.recv(1000).startswith(b"HTTP/1.1 200")
@@ -117,7 +109,7 @@ def test_a_request_that_is_not_whole_in_time_is_given_up_and_no_other(impatient:
 
 def test_a_request_that_the_server_itself_does_not_read_is_not_given_up(impatient: Server) -> None:
     worker = impatient.workers()[0]
-    with connect(impatient) as client:
+    with connect(impatient.url) as client:
         os.kill(worker, signal.SIGSTOP)
         try:
             last = request({}, "Connection: close")
@@ -126,15 +118,13 @@ def test_a_request_that_the_server_itself_does_not_read_is_not_given_up(impatien
         finally:
             os.kill(worker, signal.SIGCONT)
         client.sendall(last[-10:])
-        answer = b""
-        while piece := client.recv(65536):
-            answer += piece
+        answer = read_to_the_end(client)
     assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"200"] * 3
 
 
 def test_a_client_that_reads_no_answer_is_read_no_further(running: Running) -> None:
     asked = request({"labels": [f"thing {number}" for number in range(1000)]})
-    with connect(running.server) as client:
+    with connect(running.server.url) as client:
         client.settimeout(5)
         before = running.total("pmgaft_requests_total")
         with suppress(TimeoutError):
@@ -147,13 +137,11 @@ def test_a_client_that_reads_no_answer_is_read_no_further(running: Running) -> N
 
 def test_requests_in_a_row_on_one_connection_are_answered_in_their_order(running: Running) -> None:
     asked: list[Mapping[str, Any]] = [{"probe": {"eps": "1/255", "steps": 50, "restarts": 5}}, {}, {}]
-    answer = b""
-    with connect(running.server) as client:
+    with connect(running.server.url) as client:
         for number, body in enumerate(asked):
             last = ["Connection: close"] if number == len(asked) - 1 else []
             client.sendall(request(body, f"X-Request-Id: number-{number}", *last))
-        while piece := client.recv(65536):
-            answer += piece
+        answer = read_to_the_end(client)
     assert re.findall(rb'"request_id":"number-(.)"', answer) == [b"0", b"1", b"2"]
 
 
@@ -162,7 +150,7 @@ def test_chunks_without_end_are_cut_off_at_the_servers_limit(running: Running) -
     chunk = b"%x\r\n" % 2**20 + bytes(2**20) + b"\r\n"
     most = 2 * running.server.options.settings.limits.request_bytes
     sent = 0
-    with connect(running.server) as client, suppress(ConnectionError):
+    with connect(running.server.url) as client, suppress(ConnectionError):
         client.sendall(head.encode())
         while sent < 4 * most:
             client.sendall(chunk)
@@ -173,7 +161,7 @@ def test_chunks_without_end_are_cut_off_at_the_servers_limit(running: Running) -
 
 def test_hundreds_of_idle_connections_leave_room_for_those_that_ask(running: Running) -> None:
     with ExitStack() as stack:
-        idle = [stack.enter_context(connect(running.server)) for _ in range(IDLE)]
+        idle = [stack.enter_context(connect(running.server.url)) for _ in range(IDLE)]
         for client in idle[::2]:
             client.sendall(b"POST ")
         assert answers(running)

@@ -8,19 +8,17 @@ import random
 import re
 import runpy
 import shutil
-import socket
 import tarfile
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from running_server import LABELS, PNG, Running
+from running_server import LABELS, PNG, Running, connect, read_to_the_end
 
 from pmgaft.clip.loading import Clip
 from pmgaft.clip.preprocess import ImageLimits, PreprocessSpec, read_pixels
@@ -117,15 +115,10 @@ def test_a_hostile_archive_is_read_in_place_or_refused_and_nothing_is_unpacked(t
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["classes.json", "shards", "train.tar"]
 
 
-def connected(url: str) -> socket.socket:
-    where = urlsplit(url)
-    return socket.create_connection((where.hostname or "", where.port or 0), timeout=60)
-
-
 def exchange(url: str, data: bytes) -> tuple[int, str, bytes]:
     """Status, first header lines and body of whatever a server answers to these bytes."""
     answer = b""
-    with connected(url) as connection, suppress(ConnectionError):  # it hung up with bytes of ours unread
+    with connect(url) as connection, suppress(ConnectionError):  # it hung up with bytes of ours unread
         connection.sendall(data)
         while piece := connection.recv(65536):
             answer += piece
@@ -170,11 +163,9 @@ def test_forms_that_cannot_be_decoded_are_not_kept_in_memory(running: Running) -
 def test_a_connection_is_closed_when_its_client_asks_and_never_reset(
     running: Running, version: str, body: bytes, status: int
 ) -> None:
-    answer = b""
-    with connected(running.server.url) as connection:
+    with connect(running.server.url) as connection:
         connection.sendall(sent(_WIRE["JSON"], body=body).replace(b"HTTP/1.1", f"HTTP/{version}".encode()))
-        while piece := connection.recv(65536):
-            answer += piece
+        answer = read_to_the_end(connection)
     assert answer.startswith(f"HTTP/1.1 {status} ".encode())
     assert b"connection: close" in answer.lower()
 
