@@ -101,7 +101,7 @@ def test_on_a_full_disk_a_dead_workers_files_stay_and_are_counted(
 
     end(start_worker(tmp_path, 7), kill=True)
     with monkeypatch.context() as disk:
-        disk.setattr(os, "posix_fallocate", full)
+        disk.setattr(Path, "write_bytes", full)
         for _ in range(2):
             assert total(collect(tmp_path), "pmgaft_requests_total", outcome="ok") == 7
         assert len([file for file in tmp_path.iterdir() if "dead" not in file.name]) == 3

@@ -5,7 +5,6 @@ Each worker has a file of each kind, KIND_PID.db. What it counted must outlive i
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -52,8 +51,7 @@ def fold_dead(directory: Path) -> None:
 def _write(path: Path, values: dict[str, float]) -> None:
     """Raises: OSError where the disk is full: the room is taken first, since a map of a file without room kills."""
     room = 8 + sum(len(key.encode()) + 32 for key in values)
-    with path.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, room)
+    path.write_bytes(bytes(room))
     written = MmapedDict(str(path))  # type: ignore[no-untyped-call]
     for key, value in values.items():
         written.write_value(key, value, 0.0)  # type: ignore[no-untyped-call]
