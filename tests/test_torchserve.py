@@ -179,6 +179,14 @@ def test_free_ports_are_distinct_and_free() -> None:
         check_port("127.0.0.1", port, "--port")
 
 
+def test_metrics_never_take_a_port_that_was_found_for_torchserve() -> None:
+    inference, *others = free_ports(3)
+    neighbour = inference + 2
+    for grpc, management in ((neighbour, others[0]), (others[0], neighbour)):
+        ports = Ports(inference=inference, grpc_inference=grpc, grpc_management=management, worker=others[1])
+        assert torchserve._metrics_port(OPTIONS, ports) == 0
+
+
 def test_a_taken_port_is_one_line_that_names_the_option() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

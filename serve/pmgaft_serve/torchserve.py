@@ -302,7 +302,7 @@ class Server:
             documents={"/openapi.json": openapi(self.url)},
         )
         self._write_files(ports)
-        self._exporter = Exporter(options.host, _metrics_port(options, inference), pages)
+        self._exporter = Exporter(options.host, _metrics_port(options, ports), pages)
         self.metrics_url = f"http://{_in_url(options.host)}:{self._exporter.port}"
         self._process = self._launch(java)
         self._watchdog = Watchdog(state, self.workers, options.hang_seconds)
@@ -512,16 +512,19 @@ def _check_sockets(state: Path) -> None:
 _GREY_PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
 
 
-def _metrics_port(options: ServeOptions, inference: int) -> int:
+def _metrics_port(options: ServeOptions, ports: Ports) -> int:
     """The port asked for; else the neighbour of the server's, so that it can be guessed; else any."""
     if options.metrics_port is not None:
         check_port(options.host, options.metrics_port, "--metrics-port")
         return options.metrics_port
+    neighbour = ports.inference + 2
+    if neighbour in (ports.grpc_inference, ports.grpc_management):  # which TorchServe will listen on
+        return 0
     try:
-        check_port(options.host, inference + 2, "--metrics-port")
+        check_port(options.host, neighbour, "--metrics-port")
     except InputError:
         return 0
-    return inference + 2
+    return neighbour
 
 
 def _start_failed(reason: str, log: Path) -> ServerError:
